@@ -1,0 +1,220 @@
+"""The sampling head: guidance, top-k and top-p, and draws that depend on a seed per image and on nothing else.
+
+Every function runs the plain PyTorch reference today, on any device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["draw_tokens", "filter_logits", "gumbel_noise", "mix_guidance", "philox_uniform"]
+
+
+def philox_uniform(seeds: Tensor, offsets: Tensor) -> Tensor:
+    """Uniform numbers that are a pure function of (seed, offset): Philox-4x32-10, equal to Triton's `tl.rand`.
+
+    The seed is the 64-bit key and the offset the low 64 bits of the counter; the first word of the result becomes a
+    float by the rule of Triton. Values lie on a grid of 2^-31 near 0 and of 2^-24 near 1; both 0 and the largest,
+    1 - 2^-24, do occur.
+
+    Args:
+        seeds: integer tensor; negative values are read as their 64-bit pattern.
+        offsets: integer tensor, broadcast against `seeds`.
+
+    Returns:
+        float32 in [0, 1) of the broadcast shape.
+
+    Raises:
+        TypeError: an argument is not an integer tensor.
+        ValueError: the shapes do not broadcast, or the devices differ.
+    """
+    _check_integers("seeds", seeds)
+    _check_integers("offsets", offsets)
+    if seeds.device != offsets.device:
+        raise ValueError(f"offsets must be on the device of seeds, {seeds.device}, got {offsets.device}")
+    try:
+        torch.broadcast_shapes(seeds.shape, offsets.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"offsets must broadcast against seeds of shape {list(seeds.shape)}, got {list(offsets.shape)}"
+        ) from None
+    return reference.philox_uniform(seeds, offsets)
+
+
+def gumbel_noise(seeds: Tensor, position: int, codes: int) -> Tensor:
+    """Standard Gumbel noise `-log(-log(u))` for every code, with `u = philox_uniform(seed, position * codes + code)`.
+
+    `u = 0` is replaced by 2^-32. The noise reaches from -3.10 to 16.64, in steps where it is largest: a code whose
+    probability is below about 1e-7 of the best is drawn with a frequency that is not its probability.
+
+    Args:
+        seeds: `[B]` integers, one per image.
+        position: index of the token that is drawn, not negative.
+        codes: K, the codebook size, at least 1.
+
+    Returns:
+        `[B, K]` float32.
+
+    Raises:
+        TypeError: `seeds` is not an integer tensor.
+        ValueError: `seeds` is not one-dimensional, `position` is negative or `codes` less than 1.
+    """
+    _check_seeds(seeds)
+    _check_position(position)
+    if codes < 1:
+        raise ValueError(f"codes must be at least 1, got {codes}")
+    return reference.gumbel_noise(seeds, position, codes)
+
+
+def mix_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: `unconditional + scale * (conditional - unconditional)`.
+
+    Scale 0 is unconditional, 1 conditional, more pushes further towards the class.
+
+    Args:
+        conditional: logits of any shape, floating and finite.
+        unconditional: logits of the same shape, dtype and device.
+        scale: a finite number.
+
+    Returns:
+        Mixed logits in the same dtype, computed in fp32 (fp64 for fp64) and rounded once; for scale 1 the tensor
+        `conditional` itself.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or the dtypes differ.
+        ValueError: shapes or devices differ, or `scale` is not finite.
+    """
+    _check_floating("conditional", conditional)
+    _check_floating("unconditional", unconditional)
+    if conditional.dtype != unconditional.dtype:
+        raise TypeError(f"unconditional must be {conditional.dtype} as conditional, got {unconditional.dtype}")
+    if conditional.shape != unconditional.shape:
+        raise ValueError(
+            f"unconditional must have shape {list(conditional.shape)} as conditional, got {list(unconditional.shape)}"
+        )
+    if conditional.device != unconditional.device:
+        raise ValueError(f"unconditional must be on {conditional.device} as conditional, got {unconditional.device}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return reference.mix_guidance(conditional, unconditional, scale)
+
+
+def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 0.0) -> Tensor:
+    """Keep the `top_k` best codes, then of these the fewest best that hold the probability `top_p` (VAR's order).
+
+    Codes that equal the k-th best all stay. Then a code stays while the probability of the codes before it, from the
+    best down and over what top-k left, is less than `top_p`; equal logits come in order of their index. The best code
+    always stays.
+
+    Args:
+        logits: `[..., K]` floating; each row finite or -inf with at least one finite. Checked only in CPU memory.
+        top_k: 0 to K; 0 keeps all.
+        top_p: 0 to 1; 0 and 1 keep all.
+
+    Returns:
+        A new tensor, as `logits` with -inf for the codes that were dropped.
+
+    Raises:
+        TypeError: `logits` is not a floating tensor.
+        ValueError: no codes, a row with NaN, +inf or nothing but -inf, or `top_k` or `top_p` out of range.
+    """
+    _check_logits(logits)
+    _check_filters(top_k, top_p, logits.shape[-1])
+    return reference.filter_logits(logits, top_k=top_k, top_p=top_p)
+
+
+def draw_tokens(
+    logits: Tensor,
+    seeds: Tensor,
+    position: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    greedy: bool = False,
+) -> Tensor:
+    """Draw one code per image from `softmax(filter_logits(logits / temperature))`.
+
+    The draw is `argmax(filtered logits + gumbel_noise(seeds, position, K))`, which has exactly that distribution. It
+    depends on the image's logits, seed and position, never on the rest of the batch. Equal scores go to the lowest
+    index.
+
+    Args:
+        logits: `[B, K]` floating; each row finite or -inf with at least one finite. Checked only in CPU memory, since
+            a look at the values would stall another device. Computed in fp32, or fp64 for fp64.
+        seeds: `[B]` integers, one per image.
+        position: index of the token that is drawn, not negative.
+        temperature: finite and positive; less than 1 sharpens.
+        top_k: see `filter_logits`; applied to the tempered logits.
+        top_p: likewise.
+        greedy: True takes the most likely code and ignores seeds, temperature and filters.
+
+    Returns:
+        `[B]` int64.
+
+    Raises:
+        TypeError: `logits` is not floating or `seeds` are not integers.
+        ValueError: shapes or devices do not agree, a bad row of logits, or an option out of range.
+    """
+    _check_logits(logits)
+    _check_seeds(seeds)
+    if logits.ndim != 2:
+        raise ValueError(f"logits must have shape [B, K], got {list(logits.shape)}")
+    if len(seeds) != len(logits):
+        raise ValueError(f"seeds must have shape [{len(logits)}], one per row of logits, got {list(seeds.shape)}")
+    if seeds.device != logits.device:
+        raise ValueError(f"seeds must be on the device of logits, {logits.device}, got {seeds.device}")
+    _check_position(position)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be finite and positive, got {temperature}; greedy=True is its limit at 0")
+    _check_filters(top_k, top_p, logits.shape[-1])
+    return reference.draw_tokens(
+        logits, seeds, position, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy
+    )
+
+
+def _check_integers(name: str, x: object) -> None:
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x))}")
+
+
+def _check_floating(name: str, x: object) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {getattr(x, 'dtype', type(x))}")
+
+
+def _check_seeds(seeds: Tensor) -> None:
+    _check_integers("seeds", seeds)
+    if seeds.ndim != 1:
+        raise ValueError(f"seeds must have shape [B], got {list(seeds.shape)}")
+
+
+def _check_position(position: int) -> None:
+    if position < 0:
+        raise ValueError(f"position must not be negative, got {position}")
+
+
+def _check_logits(logits: Tensor) -> None:
+    _check_floating("logits", logits)
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape [..., K] with K at least 1, got {list(logits.shape)}")
+    # A row's maximum is NaN, +inf or -inf exactly where the row holds NaN, holds +inf, or holds nothing to draw.
+    if logits.device.type == "cpu" and logits.numel():
+        best = logits.detach().amax(dim=-1)
+        if not best.isfinite().all():
+            raise ValueError(
+                "logits must be finite or -inf with at least one finite in each row, "
+                f"got a row with maximum {best[~best.isfinite()][0].item()}"
+            )
+
+
+def _check_filters(top_k: int, top_p: float, codes: int) -> None:
+    if not 0 <= top_k <= codes:
+        raise ValueError(f"top_k must lie from 0 to the number of codes, {codes}, got {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p must lie from 0 to 1, got {top_p}")

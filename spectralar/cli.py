@@ -1,0 +1,82 @@
+"""The command line: `spectralar COMMAND`. Names every command and where it lives; a command is imported when called.
+
+This is the one place that knows all rooms, so it names the functions of the training room as text and not by import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import spectralar
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("spectralar.training.demo:demo", "learn from photographs and draw new ones; minutes, no download"),
+    "sample": ("spectralar.commands:sample", "draw pictures: a labelled grid and one from coarse to fine"),
+    "reconstruct": ("spectralar.training.commands:reconstruct", "rebuild pictures from their first n tokens"),
+    "shards": ("spectralar.training.data.shards:shards_command", "pack a folder of pictures into WebDataset shards"),
+    "train tokenizer": ("spectralar.training.commands:train_tokenizer_command", "stage one, from shards"),
+    "tokenize": ("spectralar.training.commands:tokenize_command", "encode shards into a token store"),
+    "train generator": ("spectralar.training.commands:train_generator_command", "stage two, from a token store"),
+    "info": ("spectralar.commands:info", "what is installed, and what a model is made of"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for an error, 2 for a wrong call, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        _overview(Console())
+        return 0
+    if arguments[0] == "--version":
+        print(f"spectralar {spectralar.__version__}")
+        return 0
+    name = next((n for n in COMMANDS if n.split() == arguments[: len(n.split())]), None)
+    errors = Console(stderr=True)
+    if name is None:
+        errors.print(f"[red]error[/]: no command {' '.join(arguments[:2])!r}; see spectralar --help", highlight=False)
+        return 2
+    rest = arguments[len(name.split()) :]
+    try:
+        _run(_resolve(COMMANDS[name][0]), rest, f"spectralar {name}")
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if "--traceback" in arguments:
+            raise
+        errors.print("[red]error[/]:", str(error), markup=True, highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _resolve(place: str) -> Callable[..., Any]:
+    module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _run(command: Callable[..., Any], arguments: list[str], program: str) -> None:
+    """Commands that take `(arguments, program)` parse for themselves; tyro reads all others' parameters."""
+    if getattr(command, "parses_arguments", False):
+        command(arguments, program)
+        return
+    import tyro
+
+    tyro.cli(command, args=[a for a in arguments if a != "--traceback"], prog=program)
+
+
+def _overview(console: Console) -> None:
+    console.print(f"[bold]spectralar {spectralar.__version__}[/]: images as ordered spectral tokens, and new images")
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    for name, (_, text) in COMMANDS.items():
+        table.add_row(f"spectralar [bold]{name}[/]", text)
+    console.print(table)
+    console.print("Every command explains itself with --help; --traceback shows where an error comes from.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""The commands that need models only: `sample` and `info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from spectralar.config import to_dict
+from spectralar.pictures import coarse_to_fine, grid, to_image
+from spectralar.pipeline import SpectralAR
+from spectralar.sampling import SamplingSettings
+from spectralar.weights import EMBEDDED
+
+SHOWN_CLASSES = 8
+"""How many classes `sample` draws when none are named."""
+
+
+GOOD_LOOKING = SamplingSettings(guidance=3.0, guidance_schedule="ramp", top_k=300, top_p=0.96)
+"""Settings under which the embedded model draws clean pictures."""
+
+
+def auto_device(name: str) -> torch.device:
+    """`auto` is the GPU when PyTorch sees one; any other name is PyTorch's own.
+
+    Raises:
+        ValueError: a GPU is named that is not there, or an unknown name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu or cuda, not {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch sees no GPU; use auto or cpu")
+    return device
+
+
+def sample(
+    model: str = str(EMBEDDED),
+    classes: tuple[str, ...] = (),
+    columns: int = 4,
+    seed: int = 0,
+    settings: SamplingSettings = GOOD_LOOKING,
+    length: int | None = None,
+    out: Path = Path("samples.png"),
+    folder: Path | None = None,
+    device: str = "auto",
+) -> None:
+    """Draw pictures: a labelled grid, and beside it one picture from its first token to its last.
+
+    Args:
+        model: directory or Hub id of a saved model; the emoji model that ships with the package unless given.
+        classes: class numbers or names (a part that fits one class is enough); eight spread over all unless given.
+        columns: pictures per class; column j has seed SEED + j.
+        seed: seed of the first column; the same class and seed give the same picture in any batch.
+        settings: guidance and filters.
+        length: draw only the first so many tokens (the paper's truncation).
+        out: the grid; the coarse-to-fine strip goes beside it as NAME-steps.png.
+        folder: also write every picture by itself into this folder.
+        device: auto, cpu or cuda.
+    """
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, not {columns}")
+    console = Console(stderr=True)
+    loaded = SpectralAR.from_pretrained(model, device=auto_device(device))
+    total = loaded.generator.config.classes
+    spread = [i * total // min(SHOWN_CLASSES, total) for i in range(min(SHOWN_CLASSES, total))]
+    chosen = loaded.find_classes(classes) if classes else spread
+    pairs = [(c, seed + j) for c in chosen for j in range(columns)]
+    began = time.perf_counter()
+    images = loaded.generate([c for c, _ in pairs], [s for _, s in pairs], settings, length=length).cpu()
+    seconds = time.perf_counter() - began
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
+    grid(rows, row_labels=[loaded.class_names[c] for c in chosen]).save(out)
+    steps = out.with_name(f"{out.stem}-steps{out.suffix}")
+    coarse_to_fine(loaded, chosen[0], seed=seed, settings=settings).save(steps)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for (c, s), image in zip(pairs, images, strict=True):
+            to_image(image).save(folder / f"class{c:04d}-seed{s}.png")
+    console.print(f"{len(images)} pictures in {seconds:.1f} s on {loaded.generator.device}: {out}, {steps}")
+
+
+def info(model: str = str(EMBEDDED)) -> None:
+    """Show what is installed, and what a model is made of.
+
+    Args:
+        model: directory or Hub id of a saved model; the emoji model that ships with the package unless given.
+    """
+    console = Console()
+    table = Table(title="installed", show_header=False)
+    table.add_row("python", platform.python_version())
+    for name in ("spectralar", "torch", "triton", "flash-attn", "flash-attn-4", "nvidia-dali-cuda130", "webdataset"):
+        try:
+            table.add_row(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(name, "-")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    table.add_row("GPU", gpu)
+    console.print(table)
+
+    loaded = SpectralAR.from_pretrained(model)
+    tokenizer, generator = loaded.tokenizer.config, loaded.generator.config
+    shape = Table(title=f"model {model}", show_header=False)
+    for part, module in (("tokenizer", loaded.tokenizer), ("generator", loaded.generator)):
+        count = sum(p.numel() for p in module.parameters())
+        shape.add_row(f"{part} parameters", f"{count:,}")
+    shape.add_row("forward pass of the tokenizer", f"{tokenizer.flops() / 1e9:.2f} GFLOP an image")
+    shape.add_row("forward pass of the generator", f"{generator.flops() / 1e9:.2f} GFLOP a sequence")
+    shape.add_row("weights read by one cached step", f"{generator.decode_weight_bytes() / 1e6:.1f} MB in bf16")
+    shape.add_row("cutoffs", ", ".join(map(str, tokenizer.cutoffs)))
+    shape.add_row("classes", ", ".join(loaded.class_names[:12]) + (", ..." if generator.classes > 12 else ""))
+    for part, config in (("tokenizer", tokenizer), ("generator", generator)):
+        values = {k: v for k, v in to_dict(config).items() if k not in ("class_names", "custom_cutoffs")}
+        shape.add_row(part, "  ".join(f"{k}={v}" for k, v in values.items()))
+    console.print(shape)

@@ -1,0 +1,205 @@
+"""The nested spectral tokenizer (SpectralAR section 3.2): image -> 64 ordered tokens -> any prefix back to an image."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spectralar.config import TokenizerConfig
+from spectralar.images import to_float
+from spectralar.kernels import vq
+from spectralar.kernels.dct import spectral_targets
+from spectralar.tokenizer.heads import build_pixel_head
+from spectralar.tokenizer.vit import SpectralViT, initialize
+from spectralar.weights.pretrained import Pretrained
+
+
+class TokenizerOutput(NamedTuple):
+    """One training pass: `images` `[B, 3, H, W]` fp32 rebuilt from the prefixes, `tokens` `[B, N]`, scalar losses."""
+
+    images: Tensor
+    tokens: Tensor
+    commitment_loss: Tensor
+    codebook_loss: Tensor
+
+
+class Encoder(nn.Module):
+    """Images to N latents (eq. 3, left): a ViT over patches and learned queries; the queries' rows are the latents."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        width = config.encoder.width
+        self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
+        self.vit = SpectralViT(config.encoder, config.patches, config.mask, "encoder")
+        self.queries = nn.Parameter(width**-0.5 * torch.randn(config.tokens, width))
+        self.to_latent = nn.Linear(width, config.code_dim)
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] in [0, 1]
+        patches = self.patch_embed(2 * images - 1).flatten(2).transpose(1, 2)  # [B, P, W], row-major
+        queries = self.queries.expand(len(images), -1, -1)
+        _, latents = self.vit(patches, queries)
+        return self.to_latent(self.vit.norm_after(latents))  # [B, N, D]
+
+
+class Decoder(nn.Module):
+    """Code vectors of a prefix to an image (eq. 6): a ViT over mask tokens and codes, then a pixel head."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        width = config.decoder.width
+        self.grid, self.patches = config.image_size // config.patch_size, config.patches
+        self.from_code = nn.Linear(config.code_dim, width)
+        self.vit = SpectralViT(config.decoder, config.patches, config.mask, "decoder")
+        self.token_positions = nn.Parameter(width**-0.5 * torch.randn(config.tokens, width))
+        self.mask_token = nn.Parameter(width**-0.5 * torch.randn(1, width))
+        self.head = build_pixel_head(config)
+
+    def forward(self, codes: Tensor, prefix_lengths: Tensor | None = None) -> Tensor:  # [B, n, D]
+        spectral = self.from_code(codes) + self.token_positions[: codes.shape[1]]
+        mask_tokens = self.mask_token.expand(len(codes), self.patches, -1)
+        image_rows, _ = self.vit(mask_tokens, spectral, prefix_lengths)
+        features = self.vit.norm_after(image_rows).unflatten(1, (self.grid, self.grid))
+        return (self.head(features) + 1) / 2  # [B, 3, S, S]
+
+
+class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
+    """Images to N ordered tokens and back from any prefix of them.
+
+    Pixels are in [0, 1] outside and in [-1, 1] inside. Reconstructions are floating and may leave [0, 1] slightly, as
+    band-limited images do; `spectralar.images.to_uint8` clamps and rounds them.
+
+    Args:
+        config: sizes and options; see `TokenizerConfig`.
+    """
+
+    config_class = TokenizerConfig
+    cutoffs: Tensor
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.apply(initialize)
+        self.decoder.head.start()
+        self.register_buffer("cutoffs", torch.tensor(config.cutoffs), persistent=False)
+        # Unit length from the start, so that a step of the optimizer turns every code by a comparable angle.
+        self.codebook = nn.Parameter(
+            nn.functional.normalize(torch.randn(config.codebook_size, config.code_dim), dim=-1)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.codebook.device
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens of images (eq. 3: nearest codes of the encoder's latents).
+
+        Args:
+            images: `[B, 3, S, S]` uint8 or floating in [0, 1], S = `config.image_size`.
+
+        Returns:
+            `[B, N]` int64 in 0..codebook_size - 1, low to high frequency.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape, size or value range.
+        """
+        latents = self.encoder(to_float(images, size=self.config.image_size))
+        return vq.nearest_code(latents, self.codebook, normalize=self.config.normalize_codes)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images from the first n tokens, n = 1..N (eq. 6).
+
+        Args:
+            tokens: `[B, n]` integers in 0..codebook_size - 1.
+
+        Returns:
+            `[B, 3, S, S]` fp32, about [0, 1]: an estimate of the sub-images I'_n.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape, prefix length or token id.
+        """
+        self._check_tokens(tokens)
+        return self.decoder(self._codes(tokens))
+
+    def decode_prefixes(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Images from a prefix per sample, with static shapes: hidden tokens are masked by key length.
+
+        Args:
+            tokens: `[B, n]` integers.
+            lengths: `[B]` integers in 1..n.
+
+        Returns:
+            `[B, 3, S, S]` fp32; row b equals `decode(tokens[b:b+1, :lengths[b]])`.
+
+        Raises:
+            TypeError, ValueError: as `decode`; lengths outside 1..n.
+        """
+        self._check_tokens(tokens)
+        self._check_lengths(lengths, len(tokens), tokens.shape[1])
+        return self.decoder(self._codes(tokens), lengths.to(tokens.device))
+
+    def reconstruct(self, images: Tensor, length: int | None = None) -> Tensor:
+        """`decode(encode(images)[:, :length])`; all N tokens when `length` is None.
+
+        Raises:
+            TypeError, ValueError: as `encode`; a length outside 1..N.
+        """
+        length = self.config.tokens if length is None else length
+        if not 1 <= length <= self.config.tokens:
+            raise ValueError(f"length must be 1..{self.config.tokens}, not {length}")
+        return self.decode(self.encode(images)[:, :length])
+
+    def targets(self, images: Tensor, lengths: Tensor) -> Tensor:
+        """What a prefix of each length should rebuild: I'_n (eq. 5), or the image under `supervision="full"`.
+
+        Args:
+            images: `[B, 3, S, S]` uint8 or floating in [0, 1].
+            lengths: `[B]` integers in 1..N.
+
+        Returns:
+            `[B, 3, S, S]` floating.
+        """
+        images = to_float(images, size=self.config.image_size, check_range=False)
+        if self.config.supervision == "full":
+            return images
+        return spectral_targets(images, self.cutoffs[lengths.to(self.device) - 1])
+
+    def forward(self, images: Tensor, lengths: Tensor) -> TokenizerOutput:
+        """One pass of Algorithm 1: encode all, quantize all with straight-through gradients, decode the prefixes.
+
+        Args:
+            images: `[B, 3, S, S]` uint8 or floating in [0, 1]; values are not checked here.
+            lengths: `[B]` integers in 1..N.
+        """
+        latents = self.encoder(to_float(images, size=self.config.image_size, check_range=False))
+        quantized = vq.vector_quantize(
+            latents, self.codebook, normalize=self.config.normalize_codes, commitment=self.config.commitment
+        )
+        rebuilt = self.decoder(quantized.quantized, lengths)
+        return TokenizerOutput(rebuilt, quantized.indices, quantized.commitment_loss, quantized.codebook_loss)
+
+    def _codes(self, tokens: Tensor) -> Tensor:
+        return vq.lookup(tokens, self.codebook, normalize=self.config.normalize_codes)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+            raise TypeError(f"tokens must be integers, not {tokens.dtype}")
+        if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.config.tokens:
+            raise ValueError(
+                f"tokens must have shape [B, n] with n in 1..{self.config.tokens}, not {list(tokens.shape)}"
+            )
+        if tokens.numel():
+            low, high = (int(x) for x in tokens.aminmax())
+            if low < 0 or high >= self.config.codebook_size:
+                raise ValueError(f"tokens must be in 0..{self.config.codebook_size - 1}, not {low}..{high}")
+
+    def _check_lengths(self, lengths: Tensor, batch: int, tokens: int) -> None:
+        if lengths.shape != (batch,) or lengths.dtype.is_floating_point:
+            raise ValueError(
+                f"lengths must be {batch} integers, one per sample, not {lengths.dtype} {list(lengths.shape)}"
+            )
+        if batch and not (1 <= int(lengths.min()) and int(lengths.max()) <= tokens):
+            raise ValueError(f"lengths must be 1..{tokens}, not {int(lengths.min())}..{int(lengths.max())}")

@@ -1,0 +1,164 @@
+"""The commands that need data or training: `reconstruct`, `tokenize`, `train tokenizer`, `train generator`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from spectralar.commands import auto_device
+from spectralar.config import load_yaml
+from spectralar.images import psnr, to_float
+from spectralar.pictures import prefix_strip
+from spectralar.tokenizer import SpectralTokenizer
+from spectralar.training.data import Crop, LoaderConfig, apply_crop, decode_image
+from spectralar.training.evaluation.reconstruction import default_lengths
+from spectralar.training.presets import GENERATOR_RUNS, TOKENIZER_RUNS
+from spectralar.training.runs import GeneratorRun, TokenizerRun, tokenize, train_generator, train_tokenizer
+from spectralar.weights import EMBEDDED
+from spectralar.weights.pretrained import CONFIG_FILE, resolve
+
+Run = TypeVar("Run")
+
+
+def reconstruct(
+    pictures: tuple[Path, ...],
+    model: str = str(EMBEDDED),
+    lengths: tuple[int, ...] = (),
+    out: Path = Path("reconstructed.png"),
+    device: str = "auto",
+) -> None:
+    """Rebuild pictures from their first n tokens: a strip with sub-images and reconstructions, and a table of PSNR.
+
+    Args:
+        pictures: image files; each is cut to its central square.
+        model: directory or Hub id of a saved model or tokenizer; the emoji model of the package unless given.
+        lengths: prefix lengths n; a selection up to N unless given.
+        out: the picture to write.
+        device: auto, cpu or cuda.
+    """
+    if not pictures:
+        raise ValueError("pictures must name at least one image file")
+    tokenizer = load_tokenizer(model, auto_device(device))
+    total = tokenizer.config.tokens
+    chosen = lengths or default_lengths(total)
+    if not all(1 <= n <= total for n in chosen):
+        raise ValueError(f"lengths must be in 1..{total}, not {', '.join(map(str, chosen))}")
+    crop = Crop(tokenizer.config.image_size, "center", flip=False)
+    images = torch.stack([_read(path, crop) for path in pictures]).to(tokenizer.device)
+    with torch.inference_mode():
+        tokens = tokenizer.encode(images)
+        table = Table(title="PSNR in dB")
+        for column in ("picture", *(f"n = {n}" for n in chosen)):
+            table.add_column(column, justify="right")
+        figures = [psnr(tokenizer.decode(tokens[:, :n]), to_float(images)).tolist() for n in chosen]
+    for i, path in enumerate(pictures):
+        table.add_row(path.name, *(f"{row[i]:.2f}" for row in figures))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix_strip(tokenizer, images, chosen).save(out)
+    Console().print(table, str(out))
+
+
+def tokenize_command(
+    tokenizer: str,
+    shards: Path,
+    out: Path,
+    crops: int = 1,
+    kind: Literal["center", "random", "random-resized", "none"] = "center",
+    resize: int | None = None,
+    scale: tuple[float, float] = (0.25, 1.0),
+    flip: bool = False,
+    batch: int = 256,
+    workers: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Encode every picture of a set of shards into a token store, from which a generator trains.
+
+    Args:
+        tokenizer: directory or Hub id of a saved tokenizer or model.
+        shards: folder of shards, one tar, or a pattern of tars.
+        out: folder of the token store; must not exist.
+        crops: crops per picture, each drawn anew.
+        kind: how a crop is cut.
+        resize: short side before a random or center crop; the tokenizer's image size unless given.
+        scale: least and greatest share of the area for random-resized.
+        flip: mirror half of the crops.
+        batch: pictures per forward pass.
+        workers: processes that decode.
+        seed: seed of the crops.
+        device: auto, cpu or cuda.
+    """
+    loaded = load_tokenizer(tokenizer, auto_device(device))
+    crop = Crop(loaded.config.image_size, kind, resize=resize, scale=scale, flip=flip)
+    data = LoaderConfig(path=str(shards), batch=batch, crop=crop, seed=seed, workers=workers)
+    store = tokenize(loaded, data, out, crops=crops)
+    info = store.info
+    Console().print(f"{info.rows:,} rows of {info.tokens} tokens, {info.classes} classes: {out}")
+
+
+def train_tokenizer_command(arguments: list[str], program: str) -> None:
+    """Train a tokenizer from shards (stage one)."""
+    run, resume = _parse(TokenizerRun, TOKENIZER_RUNS, "emoji", arguments, program, train_tokenizer_command)
+    Console().print(f"tokenizer: {train_tokenizer(run, resume=resume)}")
+
+
+def train_generator_command(arguments: list[str], program: str) -> None:
+    """Train a generator from a token store (stage two)."""
+    run, resume = _parse(GeneratorRun, GENERATOR_RUNS, "emoji", arguments, program, train_generator_command)
+    Console().print(f"generator: {train_generator(run, resume=resume)}")
+
+
+for _command in (train_tokenizer_command, train_generator_command):
+    _command.parses_arguments = True  # type: ignore[attr-defined]
+
+
+def load_tokenizer(source: str, device: torch.device) -> SpectralTokenizer:
+    """The tokenizer of a saved tokenizer or of a saved model."""
+    folder = resolve(source)
+    subfolder = "" if (folder / CONFIG_FILE).exists() else "tokenizer"
+    return SpectralTokenizer.from_pretrained(folder, subfolder=subfolder, device=device)
+
+
+def _read(path: Path, crop: Crop) -> torch.Tensor:
+    import numpy as np
+
+    try:
+        return apply_crop(decode_image(path.read_bytes()), crop, np.random.default_rng(0))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _parse(
+    kind: type[Run],
+    presets: dict[str, Run],
+    default: str,
+    arguments: list[str],
+    program: str,
+    command: Callable[..., Any],
+) -> tuple[Run, bool]:
+    """A run from a preset, then a YAML file, then single options; and whether to resume."""
+    import tyro
+
+    parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(presets), default=default)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--traceback", action="store_true")
+    known, rest = parser.parse_known_args(arguments)
+    run = presets[known.preset]
+    if known.config is not None:
+        run = load_yaml(kind, known.config, base=run)
+    description = (
+        f"{command.__doc__}\n\n"
+        f"--preset NAME starts from one of: {', '.join(presets)} (default {default}).\n"
+        "--config FILE overrides it by the fields of a YAML file, nested as below.\n"
+        "--resume goes on from the newest checkpoint in --loop.out.\n\n"
+        "Every field can be overridden by an option:"
+    )
+    return tyro.cli(kind, default=run, args=rest, prog=program, description=description), known.resume

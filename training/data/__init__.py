@@ -1,0 +1,30 @@
+"""Data: pictures to shards, shards to image batches, and token stores to token batches."""
+
+from spectralar.training.data.images import Crop, ImageError, apply_crop, decode_image, encode_for_shard
+from spectralar.training.data.loader import Batch, ImageLoader, LoaderConfig, crop_batches, evaluation_batches
+from spectralar.training.data.shard_set import ShardSet
+from spectralar.training.data.shards import ShardProgress, shards_command, write_shards
+from spectralar.training.data.tar_index import ShardError
+from spectralar.training.data.tokens import TokenBatch, TokenLoader, TokenStore, TokenWriter
+
+__all__ = [
+    "Batch",
+    "Crop",
+    "ImageError",
+    "ImageLoader",
+    "LoaderConfig",
+    "ShardError",
+    "ShardProgress",
+    "ShardSet",
+    "TokenBatch",
+    "TokenLoader",
+    "TokenStore",
+    "TokenWriter",
+    "apply_crop",
+    "crop_batches",
+    "decode_image",
+    "encode_for_shard",
+    "evaluation_batches",
+    "shards_command",
+    "write_shards",
+]

@@ -1,0 +1,92 @@
+"""Stage two: the generator, by cross entropy on stored tokens (SpectralAR section 3.3, VAR's recipe)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from spectralar.generator import SpectralGenerator
+from spectralar.pictures import grid
+from spectralar.sampling import Sampler, SamplingSettings
+from spectralar.tokenizer import SpectralTokenizer
+
+
+class GeneratorTask:
+    """Trains a `SpectralGenerator`: mean cross entropy over all N tokens, every position with the same weight.
+
+    Args:
+        model: the generator.
+        validation: gives batches `(tokens, labels)` in a fixed order, or None for no validation.
+        tokenizer: decodes the pictured samples; None draws no pictures.
+        pictured: class numbers of the pictured samples, one row each.
+        settings: how the pictured samples are drawn.
+    """
+
+    title = "generator"
+    # VAR's rule: positions, per-head scales and biases are not decayed; the class and token tables are.
+    undecayed = ("positions", "log_scale")
+
+    def __init__(
+        self,
+        model: SpectralGenerator,
+        *,
+        validation: Callable[[], Iterable[Any]] | None = None,
+        tokenizer: SpectralTokenizer | None = None,
+        pictured: tuple[int, ...] = (),
+        settings: SamplingSettings | None = None,
+    ) -> None:
+        self.model, self.validation, self.tokenizer = model, validation, tokenizer
+        self.pictured, self.settings = pictured, settings or SamplingSettings()
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Scalars of one batch `(tokens [B, N], labels [B])`: loss in nats per token, and accuracy."""
+        tokens, labels = batch
+        logits = self.model(labels, tokens)
+        return {
+            "loss": F.cross_entropy(logits.flatten(0, 1), tokens.flatten()),
+            "accuracy": (logits.detach().argmax(-1) == tokens).float().mean(),
+        }
+
+    @torch.inference_mode()
+    def validate(self, model: nn.Module) -> dict[str, Any]:
+        """Validation loss in nats per token, per position and overall, without class drop; and accuracy."""
+        if self.validation is None:
+            return {}
+        device = next(model.parameters()).device
+        total, right, count = 0.0, 0.0, 0
+        by_position: Tensor | float = 0.0
+        for batch in self.validation():
+            tokens, labels = (x.to(device) for x in batch)
+            logits = model(labels, tokens)
+            losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens).double()
+            by_position = by_position + losses.sum(0)
+            total += float(losses.sum())
+            right += float((logits.argmax(-1) == tokens).sum())
+            count += len(tokens)
+        if not isinstance(by_position, Tensor):
+            return {}
+        length = len(by_position)
+        loss = total / (count * length)
+        return {
+            "val_loss": loss,
+            "val_accuracy": right / (count * length),
+            "val_loss_by_position": (by_position / count).tolist(),
+            "note": f"validation loss {loss:.4f} nats per token, accuracy {right / (count * length):.1%}",
+        }
+
+    def picture(self, model: nn.Module) -> Image.Image | None:
+        assert isinstance(model, SpectralGenerator)
+        if self.tokenizer is None or not self.pictured:
+            return None
+        columns = 4
+        classes = [c for c in self.pictured for _ in range(columns)]
+        sampler = Sampler(model, self.tokenizer.to(model.device))
+        images = sampler.generate(classes, list(range(len(classes))), self.settings)
+        names = model.config.class_names or tuple(str(i) for i in range(model.config.classes))
+        rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
+        return grid(rows, row_labels=[names[c] for c in self.pictured])

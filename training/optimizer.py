@@ -1,0 +1,115 @@
+"""AdamW with the two recipes' parameter groups, learning-rate schedules, and an average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. The defaults are TiTok's stage one, which the paper follows for the tokenizer.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: decay rates of the two moments.
+        weight_decay: decoupled weight decay of matrices (biases, norms, positions and codes have none).
+        warmup: steps of linear warm-up from 0.
+        schedule: after the warm-up `cosine` or `linear` decay to `final`, or `constant`.
+        hold: share of the steps after the warm-up that stay at the peak before the decay (VAR's "lin0": 0.05).
+        final: learning rate of the last step, as a share of the peak.
+        clip: largest global gradient norm.
+        ema: decay of the averaged weights; the decay of step s is min(ema, (1 + s) / (10 + s)); 0 keeps no average.
+        accumulation: batches per optimizer step.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-4
+    warmup: int = 10_000
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    hold: float = 0.0
+    final: float = 0.1
+    clip: float = 1.0
+    ema: float = 0.999
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        for name, good in {
+            "lr must be positive": self.lr > 0,
+            "weight_decay must not be negative": self.weight_decay >= 0,
+            "warmup must not be negative": self.warmup >= 0,
+            "hold must be in [0, 1)": 0 <= self.hold < 1,
+            "final must be in [0, 1]": 0 <= self.final <= 1,
+            "clip must be positive": self.clip > 0,
+            "ema must be in [0, 1)": 0 <= self.ema < 1,
+            "accumulation must be at least 1": self.accumulation >= 1,
+        }.items():
+            if not good:
+                raise ValueError(f"{name}, not {getattr(self, name.split()[0])}")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Learning rate of optimizer step `step` (from 0) of `steps`."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        done = (step - self.warmup) / max(1, steps - 1 - self.warmup)
+        done = min(1.0, max(0.0, (done - self.hold) / (1 - self.hold)))
+        left = (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done
+        return self.lr * (self.final + (1 - self.final) * left)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, undecayed: Iterable[str]) -> torch.optim.AdamW:
+    """AdamW in two groups: matrices decay; vectors and parameters whose name contains an entry of `undecayed` do not.
+
+    On a GPU the optimizer is fused, and its learning rate is a tensor, so that a captured step can follow a schedule.
+    """
+    parts = tuple(undecayed)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in trained if p.dim() < 2 or any(part in name for part in parts)]
+    chosen = {id(p) for p in plain}
+    decayed = [p for _, p in trained if id(p) not in chosen]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if all(p.is_cuda for _, p in trained):
+        lr = torch.tensor(config.lr, device=trained[0][1].device)
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True, capturable=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of every group, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+class AveragedModel:
+    """A copy of a model whose weights follow the trained ones by an exponential moving average (TiTok's warm start)."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def rate_at(self, step: int) -> float:
+        """How far the average moves after optimizer step `step` (from 0): 1 - min(decay, (1 + step) / (10 + step))."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, rate: Tensor) -> None:
+        """Moves the average towards `model`; `rate` is a scalar on the model's device."""
+        averages: list[Tensor] = list(self.model.parameters())
+        current: list[Tensor] = list(model.parameters())
+        moves = torch._foreach_sub(current, averages)
+        torch._foreach_mul_(moves, rate)
+        torch._foreach_add_(averages, moves)
+        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)

@@ -1,0 +1,116 @@
+"""Named training runs: `paper` follows the published recipes, the others are made for small sets and machines."""
+
+from __future__ import annotations
+
+from spectralar.config import VIT_SIZES, TokenizerConfig, ViTConfig, generator_preset
+from spectralar.sampling import SamplingSettings
+from spectralar.training.data.images import Crop
+from spectralar.training.data.loader import LoaderConfig
+from spectralar.training.loop import LoopConfig
+from spectralar.training.optimizer import OptimizerConfig
+from spectralar.training.runs import GeneratorRun, TokenizerRun
+from spectralar.training.tokenizer import TokenizerLossConfig
+
+_TINY = VIT_SIZES["tiny"]
+
+TOKENIZER_RUNS: dict[str, TokenizerRun] = {
+    # TiTok's optimizer over ImageNet; one stage with the direct pixel head, since proxy codes are not implemented yet.
+    "paper": TokenizerRun(
+        model=TokenizerConfig(),
+        data=LoaderConfig(path="", batch=256, crop=Crop(256), workers=12),
+        optimizer=OptimizerConfig(),
+        loop=LoopConfig(out="runs/tokenizer", steps=1_000_000, checkpoint_every=10_000),
+    ),
+    # 128-px pictures, a few thousand of them, minutes on one GPU. The pixel term weighs more than in the paper: with
+    # weight 1 the commitment loss pulls every token that matters little for the error to one constant code.
+    "emoji": TokenizerRun(
+        model=TokenizerConfig(image_size=128, patch_size=16, codebook_size=1024, encoder=_TINY, decoder=_TINY),
+        data=LoaderConfig(
+            path="", batch=256, crop=Crop(128, "random-resized", scale=(0.7, 1.0)), workers=12, cache=True
+        ),
+        loss=TokenizerLossConfig(pixel=10.0),
+        optimizer=OptimizerConfig(lr=6e-4, warmup=500),
+        loop=LoopConfig(out="runs/emoji/tokenizer", steps=20_000, validate_every=2_500, picture_every=10_000),
+    ),
+    # 256-px photographs, base/base as in the paper, minutes on one GPU.
+    "photos": TokenizerRun(
+        model=TokenizerConfig(),
+        data=LoaderConfig(
+            path="", batch=128, crop=Crop(256, "random-resized", scale=(0.25, 1.0)), workers=14, cache=True
+        ),
+        loss=TokenizerLossConfig(pixel=10.0),
+        optimizer=OptimizerConfig(lr=2e-4, warmup=500),
+        loop=LoopConfig(out="runs/photos/tokenizer", steps=4_000, validate_every=1_000, picture_every=0),
+    ),
+    # The demo on a laptop's processor, and on a GPU.
+    "demo-cpu": TokenizerRun(
+        model=TokenizerConfig(
+            image_size=64,
+            patch_size=8,
+            tokens=32,
+            codebook_size=512,
+            encoder=ViTConfig(128, 2, 2),
+            decoder=ViTConfig(128, 4, 2),
+        ),
+        data=LoaderConfig(path="", batch=32, crop=Crop(64, "random", resize=72, flip=False)),
+        loss=TokenizerLossConfig(pixel=10.0),
+        optimizer=OptimizerConfig(lr=1e-3, warmup=50, ema=0.99),
+        loop=LoopConfig(out="runs/demo/tokenizer", steps=900, log_every=10, validate_every=300, picture_every=300),
+    ),
+    "demo-gpu": TokenizerRun(
+        model=TokenizerConfig(image_size=128, encoder=_TINY, decoder=_TINY, codebook_size=1024),
+        data=LoaderConfig(path="", batch=128, crop=Crop(128, "random", resize=144, flip=False), cache=True),
+        loss=TokenizerLossConfig(pixel=10.0),
+        optimizer=OptimizerConfig(lr=6e-4, warmup=200),
+        loop=LoopConfig(out="runs/demo/tokenizer", steps=5_000, validate_every=1_000, picture_every=1_000),
+    ),
+}
+
+GENERATOR_RUNS: dict[str, GeneratorRun] = {
+    # VAR's recipe: peak learning rate 1e-4 (8e-5 from d24 on) per 256 sequences, 200 to 350 epochs of ImageNet.
+    **{
+        f"paper-d{depth}": GeneratorRun(
+            model=generator_preset(f"d{depth}"),
+            optimizer=OptimizerConfig(
+                lr=lr,
+                betas=(0.9, 0.95),
+                weight_decay=0.05,
+                warmup=steps // 50,
+                schedule="linear",
+                hold=0.05,
+                final=final,
+                clip=2.0,
+                ema=0.0,
+            ),
+            loop=LoopConfig(out=f"runs/generator-d{depth}", steps=steps, checkpoint_every=10_000),
+        )
+        for depth, lr, final, steps in (
+            (16, 3.0e-4, 0.1, 333_800),
+            (20, 3.0e-4, 0.1, 417_250),
+            (24, 2.4e-4, 0.01, 584_150),
+        )
+    },
+    "emoji": GeneratorRun(
+        model=generator_preset("d4", token_input="code", drop_path=0.1),
+        batch=512,
+        optimizer=OptimizerConfig(
+            lr=6e-4, betas=(0.9, 0.95), weight_decay=0.05, warmup=200, schedule="cosine", clip=2.0, ema=0.999
+        ),
+        loop=LoopConfig(out="runs/emoji/generator", steps=5_000, validate_every=500, picture_every=2_500),
+        sampling=SamplingSettings(guidance=3.0, top_k=300, top_p=0.96),
+    ),
+    "demo-cpu": GeneratorRun(
+        model=generator_preset("d4", depth=2),
+        batch=64,
+        optimizer=OptimizerConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=50, clip=2.0, ema=0.99),
+        loop=LoopConfig(out="runs/demo/generator", steps=600, log_every=10, validate_every=200, picture_every=200),
+        sampling=SamplingSettings(guidance=2.0, top_p=0.95),
+    ),
+    "demo-gpu": GeneratorRun(
+        model=generator_preset("d6"),
+        batch=256,
+        optimizer=OptimizerConfig(lr=6e-4, betas=(0.9, 0.95), weight_decay=0.05, warmup=200, clip=2.0, ema=0.999),
+        loop=LoopConfig(out="runs/demo/generator", steps=3_000, validate_every=500, picture_every=1_000),
+        sampling=SamplingSettings(guidance=2.0, top_p=0.95),
+    ),
+}

@@ -1,0 +1,226 @@
+"""A whole training run as one configuration (model, data, loss, optimizer, loop), and the functions to carry it out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from spectralar.config import GeneratorConfig, TokenizerConfig, to_dict
+from spectralar.generator import SpectralGenerator
+from spectralar.sampling import SamplingSettings
+from spectralar.tokenizer import SpectralTokenizer
+from spectralar.training.data.loader import Batch, ImageLoader, LoaderConfig, crop_batches, evaluation_batches
+from spectralar.training.data.shard_set import ShardSet
+from spectralar.training.data.tokens import TokenBatch, TokenLoader, TokenStore, TokenWriter
+from spectralar.training.generator import GeneratorTask
+from spectralar.training.loop import LoopConfig, Trainer
+from spectralar.training.optimizer import OptimizerConfig
+from spectralar.training.tokenizer import TokenizerLossConfig, TokenizerTask
+
+
+@dataclass(frozen=True)
+class TokenizerRun:
+    """Training of a tokenizer.
+
+    Attributes:
+        model: the tokenizer.
+        data: training images; `data.crop.size` is the model's image size.
+        loss: weights of the loss terms.
+        optimizer: AdamW and its schedule.
+        loop: length, device and what is written when.
+        validation: shards of validation images; empty for no validation.
+        validation_images: at most this many of them are used during training.
+        pictured: number of validation images on the strips.
+    """
+
+    model: TokenizerConfig
+    data: LoaderConfig
+    loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    validation: str = ""
+    validation_images: int = 1024
+    pictured: int = 4
+
+    def __post_init__(self) -> None:
+        if self.data.crop.size != self.model.image_size:
+            raise ValueError(
+                f"data.crop.size must be model.image_size {self.model.image_size}, not {self.data.crop.size}"
+            )
+
+
+@dataclass(frozen=True)
+class GeneratorRun:
+    """Training of a generator on stored tokens.
+
+    Attributes:
+        model: the generator; `tokens`, `codebook_size`, `classes` and `class_names` are taken from the token store.
+        tokens: folder of the token store.
+        batch: sequences per step.
+        optimizer: AdamW and its schedule.
+        loop: length, device and what is written when.
+        validation: token store of the validation images; empty for no validation.
+        tokenizer: saved tokenizer that decodes the pictured samples and gives `token_input="code"` its codes.
+        pictured: classes on the pictures.
+        sampling: how the pictured samples are drawn.
+    """
+
+    model: GeneratorConfig
+    tokens: str = ""
+    batch: int = 768
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    validation: str = ""
+    tokenizer: str = ""
+    pictured: tuple[int, ...] = (0, 1, 2, 3)
+    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(guidance=3.0, top_k=900, top_p=0.96))
+
+
+def train_tokenizer(run: TokenizerRun, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Trains a tokenizer; returns the folder of the final model.
+
+    Args:
+        run: the configuration.
+        resume: go on from the newest checkpoint in `run.loop.out`.
+        console: where to print; None is standard error.
+
+    Raises:
+        ValueError, ShardError, CheckpointError, NonFiniteLossError: see those.
+    """
+    _need(run.data.path, "data.path", "a folder of shards (make one with `spectralar shards`)")
+    loader = ImageLoader(run.data)
+    torch.manual_seed(run.loop.seed)
+    model = SpectralTokenizer(run.model)
+    pictured: Tensor | None = None
+
+    def validation() -> Iterable[Batch]:
+        return validation_images(run.validation, run.model.image_size, run.validation_images)
+
+    if run.validation and run.pictured > 0:
+        batches = validation_images(run.validation, run.model.image_size, run.pictured)
+        pictured = torch.cat([batch.images for batch in batches])
+    task = TokenizerTask(model, run.loss, validation=validation if run.validation else None, pictured=pictured)
+    return Trainer(task, loader, run.optimizer, run.loop, to_dict(run), console=console).run(resume=resume)
+
+
+def validation_images(path: str, size: int, limit: int, *, batch: int = 64) -> Iterable[Batch]:
+    """Up to `limit` centre-cropped images, evenly spread over the set, in a fixed order."""
+    stride = max(1, len(ShardSet.open(path)) // limit)
+    left = limit
+    # A rank of evaluation_batches is every stride-th sample, which is the even spread wanted here.
+    for images, labels in evaluation_batches(path, batch=batch, size=size, rank=0, world=stride):
+        if left <= 0:
+            return
+        yield Batch(images[:left], labels[:left])
+        left -= len(images)
+
+
+def tokenize(
+    tokenizer: SpectralTokenizer,
+    data: LoaderConfig,
+    out: str | Path,
+    *,
+    crops: int = 1,
+    console: Console | None = None,
+) -> TokenStore:
+    """Encodes every image of a set `crops` times, each with another random crop, into a token store.
+
+    Args:
+        tokenizer: trained, on the device to use.
+        data: the images and their crop; `kind="center"` without flip makes all crops of an image equal.
+        out: folder of the store; must not exist.
+        crops: rows per image.
+        console: where to show progress; None is standard error.
+
+    Raises:
+        ValueError: a crop size that is not the tokenizer's, or an existing `out`.
+    """
+    if data.crop.size != tokenizer.config.image_size:
+        raise ValueError(f"crop.size must be the tokenizer's {tokenizer.config.image_size}, not {data.crop.size}")
+    shards = ShardSet.open(data.path, classes=data.classes)
+    writer = TokenWriter(
+        out,
+        tokens=tokenizer.config.tokens,
+        codebook_size=tokenizer.config.codebook_size,
+        class_names=shards.class_names,
+        crops=crops,
+        source_digest=shards.digest,
+        tokenizer_digest=weights_digest(tokenizer),
+    )
+    total = crops * math.ceil(len(shards) / data.batch)
+    with writer:
+        batches = crop_batches(data, crops)
+        for images, labels in track(batches, "tokenizing", total, console=console, transient=True):
+            with torch.inference_mode():
+                writer.append(tokenizer.encode(images.to(tokenizer.device)), labels)
+    return TokenStore.open(out)
+
+
+def train_generator(run: GeneratorRun, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Trains a generator; returns the folder of the final model.
+
+    Args:
+        run: the configuration.
+        resume: go on from the newest checkpoint in `run.loop.out`.
+        console: where to print; None is standard error.
+
+    Raises:
+        ValueError, TokenStoreError, CheckpointError, NonFiniteLossError: see those.
+    """
+    _need(run.tokens, "tokens", "a token store (make one with `spectralar tokenize`)")
+    store = TokenStore.open(run.tokens)
+    run = replace(run, model=fitted(run.model, store))
+    device = run.loop.resolved_device()
+    loader = TokenLoader(store, run.batch, seed=run.loop.seed, device=device)
+    tokenizer = SpectralTokenizer.from_pretrained(run.tokenizer, device=device) if run.tokenizer else None
+    torch.manual_seed(run.loop.seed)
+    model = SpectralGenerator(run.model, codebook=tokenizer.codebook if tokenizer is not None else None)
+
+    def validation() -> Iterable[TokenBatch]:
+        held_out = TokenStore.open(run.validation)
+        tokens = torch.from_numpy(held_out.tokens.astype("int64")).split(256)
+        labels = torch.from_numpy(held_out.labels.astype("int64")).split(256)
+        return map(TokenBatch, tokens, labels)
+
+    task = GeneratorTask(
+        model,
+        validation=validation if run.validation else None,
+        tokenizer=tokenizer,
+        pictured=run.pictured,
+        settings=run.sampling,
+    )
+    return Trainer(task, loader, run.optimizer, run.loop, to_dict(run), console=console).run(resume=resume)
+
+
+def fitted(config: GeneratorConfig, store: TokenStore) -> GeneratorConfig:
+    """The configuration with lengths, codes and classes of a token store."""
+    info = store.info
+    return replace(
+        config,
+        tokens=info.tokens,
+        codebook_size=info.codebook_size,
+        classes=info.classes,
+        class_names=info.class_names,
+    )
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of all weights, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _need(value: str, name: str, what: str) -> None:
+    if not value:
+        raise ValueError(f"{name} must name {what}")
