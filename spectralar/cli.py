@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import spectralar
@@ -37,9 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"spectralar {spectralar.__version__}")
         return 0
     name = next((n for n in COMMANDS if n.split() == arguments[: len(n.split())]), None)
-    errors = Console(stderr=True)
     if name is None:
-        errors.print(f"[red]error[/]: no command {' '.join(arguments[:2])!r}; see spectralar --help", highlight=False)
+        _error(f"no command {' '.join(arguments[:2])!r}; see spectralar --help")
         return 2
     rest = arguments[len(name.split()) :]
     try:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if "--traceback" in arguments:
             raise
-        errors.print("[red]error[/]:", str(error), markup=True, highlight=False)
+        _error(str(error))
         return 1
     except KeyboardInterrupt:
         return 130
@@ -67,6 +67,11 @@ def _run(command: Callable[..., Any], arguments: list[str], program: str) -> Non
     import tyro
 
     tyro.cli(command, args=[a for a in arguments if a != "--traceback"], prog=program)
+
+
+def _error(message: str) -> None:
+    # A message may hold brackets, which are not markup, and paths, which no line break should cut.
+    Console(stderr=True).print(f"[red]error[/]: {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _overview(console: Console) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from spectralar.config import to_dict
@@ -17,12 +18,11 @@ from spectralar.pipeline import SpectralAR
 from spectralar.sampling import SamplingSettings
 from spectralar.weights import EMBEDDED
 
-SHOWN_CLASSES = 8
-"""How many classes `sample` draws when none are named."""
-
-
-GOOD_LOOKING = SamplingSettings(guidance=3.0, guidance_schedule="ramp", top_k=300, top_p=0.96)
+GOOD_LOOKING = SamplingSettings(guidance=5.0, guidance_schedule="ramp", top_p=0.92)
 """Settings under which the embedded model draws clean pictures."""
+
+EXAMPLES = ("face-tongue", "heart", "food-fruit", "country-flag", "time", "plant-flower", "person-role", "lock")
+"""Classes of the embedded model that `sample` draws when none are named."""
 
 
 def auto_device(name: str) -> torch.device:
@@ -40,6 +40,13 @@ def auto_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch sees no GPU; use auto or cpu")
     return device
+
+
+def spread_classes(model: SpectralAR, count: int = len(EXAMPLES)) -> list[str]:
+    """Numbers of up to `count` classes, evenly spread over all of them."""
+    total = model.generator.config.classes
+    shown = min(count, total)
+    return [str(i * total // shown) for i in range(shown)]
 
 
 def sample(
@@ -70,9 +77,7 @@ def sample(
         raise ValueError(f"columns must be at least 1, not {columns}")
     console = Console(stderr=True)
     loaded = SpectralAR.from_pretrained(model, device=auto_device(device))
-    total = loaded.generator.config.classes
-    spread = [i * total // min(SHOWN_CLASSES, total) for i in range(min(SHOWN_CLASSES, total))]
-    chosen = loaded.find_classes(classes) if classes else spread
+    chosen = loaded.find_classes(classes or (EXAMPLES if model == str(EMBEDDED) else spread_classes(loaded)))
     pairs = [(c, seed + j) for c in chosen for j in range(columns)]
     began = time.perf_counter()
     images = loaded.generate([c for c, _ in pairs], [s for _, s in pairs], settings, length=length).cpu()
@@ -86,7 +91,9 @@ def sample(
         folder.mkdir(parents=True, exist_ok=True)
         for (c, s), image in zip(pairs, images, strict=True):
             to_image(image).save(folder / f"class{c:04d}-seed{s}.png")
-    console.print(f"{len(images)} pictures in {seconds:.1f} s on {loaded.generator.device}: {out}, {steps}")
+    console.print(
+        f"{len(images)} pictures in {seconds:.1f} s on {loaded.generator.device}: {escape(f'{out}, {steps}')}"
+    )
 
 
 def info(model: str = str(EMBEDDED)) -> None:
@@ -109,7 +116,7 @@ def info(model: str = str(EMBEDDED)) -> None:
 
     loaded = SpectralAR.from_pretrained(model)
     tokenizer, generator = loaded.tokenizer.config, loaded.generator.config
-    shape = Table(title=f"model {model}", show_header=False)
+    shape = Table(title=escape(f"model {model}"), show_header=False)
     for part, module in (("tokenizer", loaded.tokenizer), ("generator", loaded.generator)):
         count = sum(p.numel() for p in module.parameters())
         shape.add_row(f"{part} parameters", f"{count:,}")
@@ -117,7 +124,8 @@ def info(model: str = str(EMBEDDED)) -> None:
     shape.add_row("forward pass of the generator", f"{generator.flops() / 1e9:.2f} GFLOP a sequence")
     shape.add_row("weights read by one cached step", f"{generator.decode_weight_bytes() / 1e6:.1f} MB in bf16")
     shape.add_row("cutoffs", ", ".join(map(str, tokenizer.cutoffs)))
-    shape.add_row("classes", ", ".join(loaded.class_names[:12]) + (", ..." if generator.classes > 12 else ""))
+    names = ", ".join(loaded.class_names[:12]) + (", ..." if generator.classes > 12 else "")
+    shape.add_row("classes", escape(names))
     for part, config in (("tokenizer", tokenizer), ("generator", generator)):
         values = {k: v for k, v in to_dict(config).items() if k not in ("class_names", "custom_cutoffs")}
         shape.add_row(part, "  ".join(f"{k}={v}" for k, v in values.items()))

@@ -27,6 +27,13 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _check_choices(config: Any) -> None:
+    """A misspelt choice must not be taken for another one, whichever way the configuration is built."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is Literal:
+            _restore(hint, getattr(config, name), name)
+
+
 @dataclass(frozen=True)
 class ViTConfig:
     """Size of one vision transformer: `width` channels, `depth` blocks, `heads` attention heads."""
@@ -69,6 +76,9 @@ class TokenizerConfig:
         code_dim: dimension of a code.
         normalize_codes: L2-normalise latents and codes (cosine lookup).
         commitment: weight of the commitment loss.
+        latent_norm: `batch` standardises every latent coordinate of every position over the batch before it is
+            quantized (running statistics outside training), so that no position can shrink to one constant code;
+            `none` is the paper's.
         mask: spectral causal mask: `figure` as drawn in Figure 3, `strict` one-way between image and spectral tokens,
             `none` fully bidirectional (Table 4).
         supervision: target of a prefix: its sub-image I'_n (`spectral`) or always the image (`full`, Table 4).
@@ -86,6 +96,7 @@ class TokenizerConfig:
     code_dim: int = 12
     normalize_codes: bool = True
     commitment: float = 0.25
+    latent_norm: Literal["none", "batch"] = "none"
     mask: Mask = "figure"
     supervision: Supervision = "spectral"
     mapping: FrequencyMapping = "nonuniform"
@@ -93,6 +104,7 @@ class TokenizerConfig:
     pixel_head: Literal["direct"] = "direct"
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _require(self.image_size > 0 and self.patch_size > 0, "image_size and patch_size must be positive")
         _require(
             self.image_size % self.patch_size == 0,
@@ -162,12 +174,14 @@ class GeneratorConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _require(self.depth > 0 and self.tokens > 0 and self.classes > 0, "depth, tokens and classes must be positive")
         _require(
             self.group > 0 and self.tokens % self.group == 0,
             f"group must divide tokens {self.tokens}, not {self.group}",
         )
         _require(2 <= self.codebook_size <= 65536, f"codebook_size must be 2..65536, not {self.codebook_size}")
+        _require(self.code_dim > 0, f"code_dim must be positive, not {self.code_dim}")
         _require(0 <= self.class_drop < 1, f"class_drop must be in [0, 1), not {self.class_drop}")
         _require(0 <= self.max_drop_path < 1, f"drop_path must be in [0, 1), not {self.max_drop_path}")
         _require(
@@ -265,7 +279,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any], *, where: str = "")
         ValueError: an unknown field, a missing field without default or a value of the wrong type, named in full.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where or kind.__name__}: expected a mapping of fields, not {values!r}")
+        raise ValueError(f"{where.rstrip('.') or kind.__name__}: expected a mapping of fields, not {values!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
         _require(name in fields, f"unknown field {where}{name}; {kind.__name__} has {', '.join(fields)}")
@@ -276,7 +290,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any], *, where: str = "")
         for name, f in fields.items()
         if name not in known and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
-    _require(not missing, f"missing field {where}{', '.join(missing)} of {kind.__name__}")
+    _require(not missing, f"missing field {', '.join(where + name for name in missing)} of {kind.__name__}")
     return kind(**known)
 
 
@@ -284,11 +298,14 @@ def load_yaml(kind: type[Config], path: str | Path, *, base: Config | None = Non
     """Reads a configuration from a YAML file whose fields override those of `base` (default: the class's defaults).
 
     Raises:
-        ValueError: the file is no mapping, or see `from_dict`.
+        ValueError: the file is not YAML or no mapping, or see `from_dict`.
     """
     import yaml
 
-    values = yaml.safe_load(Path(path).read_text()) or {}
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {error}") from error
     _require(isinstance(values, dict), f"{path}: expected a mapping of fields")
     merged = _merge(to_dict(base), values) if base is not None else values
     return from_dict(kind, merged)

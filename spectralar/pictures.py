@@ -122,11 +122,25 @@ def coarse_to_fine(
     settings: SamplingSettings | None = None,
     lengths: Sequence[int] = (),
 ) -> Image.Image:
-    """One picture while it is drawn: what its first n tokens show, for each n of `lengths`."""
-    total = model.generator.config.tokens
-    chosen = list(lengths) or sorted({n for n in (1, 2, 4, 8, 12, 16, 24, 32, 48) if n < total} | {total})
+    """One picture while it is drawn: what its first n tokens show, for each n of `lengths`, in rising order.
+
+    Args:
+        model: what to sample from.
+        class_number: number of the class.
+        seed: seed of the picture.
+        settings: see `SamplingSettings`.
+        lengths: numbers of tokens, each a whole number of the generator's groups; none is a choice of up to ten.
+
+    Raises:
+        ValueError: a length that no step reaches.
+    """
+    total, group = model.generator.config.tokens, model.generator.config.group
+    reachable = range(group, total + 1, group)
+    chosen = sorted(set(lengths) or {n for n in (1, 2, 4, 8, 12, 16, 24, 32, 48, total) if n in reachable})
+    wrong = [n for n in chosen if n not in reachable]
+    if wrong:
+        raise ValueError(f"lengths must be multiples of {group} up to {total}, not {wrong[0]}")
     row = [
         step.images()[0] for step in model.stream([class_number], [seed], settings) if step.tokens.shape[1] in chosen
     ]
-    reached = [n for n in chosen if n % model.generator.config.group == 0]
-    return grid([row], row_labels=[model.class_names[class_number]], column_labels=[f"n = {n}" for n in reached])
+    return grid([row], row_labels=[model.class_names[class_number]], column_labels=[f"n = {n}" for n in chosen])

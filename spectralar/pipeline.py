@@ -68,14 +68,14 @@ class SpectralAR(Sampler):
         return [self._find_class(name) for name in names]
 
     def _find_class(self, name: str) -> int:
-        if name.isdigit() and int(name) < self.generator.config.classes:
+        if name.isdecimal() and int(name) < self.generator.config.classes:
             return int(name)
         lowered = [known.lower() for known in self.class_names]
-        if name.lower() in lowered:
-            return lowered.index(name.lower())
-        found = [i for i, known in enumerate(lowered) if name.lower() in known]
+        # A whole name goes before its occurrences in longer ones; two classes may still bear the same name.
+        exact = [i for i, known in enumerate(lowered) if name.lower() == known]
+        found = exact or [i for i, known in enumerate(lowered) if name.lower() in known]
         if len(found) == 1:
             return found[0]
-        candidates = [self.class_names[i] for i in found] or list(self.class_names)
+        candidates = [f"{i} {self.class_names[i]}" for i in found] or list(self.class_names)
         shown = ", ".join(candidates[:12]) + (", ..." if len(candidates) > 12 else "")
         raise ValueError(f"class {name!r} fits {len(found)} classes; allowed: 0..{len(lowered) - 1} or one of {shown}")

@@ -55,11 +55,15 @@ class Checkpoint:
 def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
     """Writes a checkpoint under `root` and then removes all but the newest `keep`.
 
+    A run passes every step once, so a checkpoint of the same step that is already there stays as it is.
+
     Raises:
         CheckpointError: the disk is full or can't be written; earlier checkpoints are untouched.
     """
     final = root / f"step-{checkpoint.step:08d}"
     partial = root / f"{_PARTIAL}{final.name}"
+    if final.is_dir():
+        return final
     try:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,11 +72,11 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Pat
         if checkpoint.average is not None:
             save_file(_contiguous(checkpoint.average), partial / "average.safetensors")
         torch.save({"optimizer": checkpoint.optimizer, "random": checkpoint.random}, partial / "optimizer.pt")
-        state = {"step": checkpoint.step, "data": checkpoint.data, "config": checkpoint.config}
+        averaged = checkpoint.average is not None
+        state = {"step": checkpoint.step, "averaged": averaged, "data": checkpoint.data, "config": checkpoint.config}
         (partial / "state.json").write_text(json.dumps(state, indent=2))
-        for file in partial.iterdir():
-            _flush(file)
-        shutil.rmtree(final, ignore_errors=True)
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
         partial.rename(final)
         _flush(root)
     except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
@@ -95,14 +99,13 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     """
     try:
         state = read_json(directory / "state.json")
-        average = directory / "average.safetensors"
-        saved = torch.load(directory / "optimizer.pt", map_location="cpu", weights_only=True)
+        saved = _load_states(directory / "optimizer.pt")
         return Checkpoint(
             step=state["step"],
             config=state["config"],
             data=state["data"],
             model=load_weights(directory / "model.safetensors"),
-            average=load_weights(average) if average.exists() else None,
+            average=load_weights(directory / "average.safetensors") if state["averaged"] else None,
             optimizer=saved["optimizer"],
             random=saved["random"],
         )
@@ -140,6 +143,13 @@ def restore_random_states(states: dict[str, Tensor]) -> None:
 
 def _contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+
+
+def _load_states(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a cut file can raise almost anything, without its name
+        raise CheckpointError(f"{'damaged' if path.exists() else 'missing'} file: {path}: {error}") from error
 
 
 def _flush(path: Path) -> None:

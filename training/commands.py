@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import Positional
 
 from spectralar.commands import auto_device
 from spectralar.config import load_yaml
@@ -27,7 +28,7 @@ Run = TypeVar("Run")
 
 
 def reconstruct(
-    pictures: tuple[Path, ...],
+    pictures: Positional[tuple[Path, ...]],
     model: str = str(EMBEDDED),
     lengths: tuple[int, ...] = (),
     out: Path = Path("reconstructed.png"),
@@ -61,13 +62,14 @@ def reconstruct(
         table.add_row(path.name, *(f"{row[i]:.2f}" for row in figures))
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix_strip(tokenizer, images, chosen).save(out)
-    Console().print(table, str(out))
+    Console().print(table)
+    print(out)
 
 
 def tokenize_command(
-    tokenizer: str,
-    shards: Path,
-    out: Path,
+    tokenizer: Positional[str],
+    shards: Positional[Path],
+    out: Positional[Path],
     crops: int = 1,
     kind: Literal["center", "random", "random-resized", "none"] = "center",
     resize: int | None = None,
@@ -99,19 +101,19 @@ def tokenize_command(
     data = LoaderConfig(path=str(shards), batch=batch, crop=crop, seed=seed, workers=workers)
     store = tokenize(loaded, data, out, crops=crops)
     info = store.info
-    Console().print(f"{info.rows:,} rows of {info.tokens} tokens, {info.classes} classes: {out}")
+    print(f"{info.rows:,} rows of {info.tokens} tokens, {info.classes} classes: {out}")
 
 
 def train_tokenizer_command(arguments: list[str], program: str) -> None:
     """Train a tokenizer from shards (stage one)."""
     run, resume = _parse(TokenizerRun, TOKENIZER_RUNS, "emoji", arguments, program, train_tokenizer_command)
-    Console().print(f"tokenizer: {train_tokenizer(run, resume=resume)}")
+    print(f"tokenizer: {train_tokenizer(run, resume=resume)}")
 
 
 def train_generator_command(arguments: list[str], program: str) -> None:
     """Train a generator from a token store (stage two)."""
     run, resume = _parse(GeneratorRun, GENERATOR_RUNS, "emoji", arguments, program, train_generator_command)
-    Console().print(f"generator: {train_generator(run, resume=resume)}")
+    print(f"generator: {train_generator(run, resume=resume)}")
 
 
 for _command in (train_tokenizer_command, train_generator_command):

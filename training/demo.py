@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 
@@ -59,7 +59,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def cut_crops(out: Path, size: int, *, seed: int = 0) -> tuple[Path, Path]:
-    """Cuts square crops of 60 to 100 % of every photograph's short side into class folders.
+    """Cuts squares of 85 to 100 % of the side of every photograph's central square into class folders.
 
     Training and held-out crops are different cuts of the same photographs, so they overlap; the held-out figures tell
     how well a model rebuilds crops that it has not seen, not photographs that it has not seen.
@@ -74,12 +74,12 @@ def cut_crops(out: Path, size: int, *, seed: int = 0) -> tuple[Path, Path]:
     """
     random = np.random.default_rng(seed)
     for name, photograph in photographs().items():
-        short = min(photograph.size)
+        square = ImageOps.fit(photograph, (min(photograph.size),) * 2)
         for index in range(TRAIN_CROPS + HELD_OUT_CROPS):
-            side = int(short * random.uniform(0.6, 1.0))
-            left, top = (int(random.integers(0, length - side + 1)) for length in photograph.size)
+            side = int(square.width * random.uniform(0.85, 1.0))
+            left, top = (int(random.integers(0, square.width - side + 1)) for _ in range(2))
             box = (left, top, left + side, top + side)
-            crop = photograph.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+            crop = square.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
             folder = out / ("train" if index < TRAIN_CROPS else "held-out") / name
             folder.mkdir(parents=True, exist_ok=True)
             crop.save(folder / f"{index:04d}.png")

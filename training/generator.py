@@ -25,6 +25,9 @@ class GeneratorTask:
         tokenizer: decodes the pictured samples; None draws no pictures.
         pictured: class numbers of the pictured samples, one row each.
         settings: how the pictured samples are drawn.
+
+    Raises:
+        ValueError: the pictured samples could not be drawn: a wrong class, settings or tokenizer.
     """
 
     title = "generator"
@@ -42,6 +45,11 @@ class GeneratorTask:
     ) -> None:
         self.model, self.validation, self.tokenizer = model, validation, tokenizer
         self.pictured, self.settings = pictured, settings or SamplingSettings()
+        if tokenizer is not None and pictured:
+            try:  # the first picture may be hours away
+                Sampler(model, tokenizer).stream(pictured, list(range(len(pictured))), self.settings)
+            except ValueError as error:
+                raise ValueError(f"the pictured samples cannot be drawn: {error}") from error
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Scalars of one batch `(tokens [B, N], labels [B])`: loss in nats per token, and accuracy."""

@@ -45,7 +45,8 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._live:
+            self._progress.stop()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -64,11 +65,11 @@ class Journal:
         now = time.monotonic()
         if not self._live and (step == self.steps or now - self._last_line > 10):
             self._last_line = now
-            self.console.print(f"{self.title} {step}/{self.steps} {note}", highlight=False)
+            self.console.print(f"{self.title} {step}/{self.steps} {note}", highlight=False, markup=False)
 
     def say(self, message: str) -> None:
         """Prints a line above the bar."""
-        self._progress.console.print(message, highlight=False)
+        self._progress.console.print(message, highlight=False, markup=False)
 
 
 def read_log(directory: Path) -> list[dict[str, Any]]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,11 +28,11 @@ from spectralar.training.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
-from spectralar.training.journal import Journal
+from spectralar.training.journal import Journal, read_log
 from spectralar.training.optimizer import AveragedModel, OptimizerConfig, build_optimizer, set_lr
 from spectralar.weights.pretrained import Pretrained, load_strict
 
-CHECKPOINTS, FINAL, PICTURES, CONFIG = "checkpoints", "final", "pictures", "config.json"
+CHECKPOINTS, FINAL, BEST, PICTURES, CONFIG = "checkpoints", "final", "best", "pictures", "config.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class LoopConfig:
             raise ValueError(f"steps, log_every and keep must be at least 1: {self}")
         if min(self.validate_every, self.picture_every, self.checkpoint_every) < 0:
             raise ValueError(f"validate_every, picture_every and checkpoint_every must not be negative: {self}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device must be auto, cpu or cuda, not {self.device!r}")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"precision must be auto, bf16 or fp32, not {self.precision!r}")
 
     def resolved_device(self) -> torch.device:
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -138,6 +145,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, optimizer, task.undecayed)
         self.average = AveragedModel(self.model, optimizer.ema) if optimizer.ema > 0 else None
         self.step = 0
+        self._place = loader.state_dict()  # in the data, after the last whole step
         bf16 = loop.precision == "bf16" or (loop.precision == "auto" and self.device.type == "cuda")
         self._precision: Callable[[], Any] = (
             (lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)) if bf16 else nullcontext
@@ -157,6 +165,8 @@ class Trainer:
 
     def run(self, *, resume: bool = False) -> Path:
         """Trains to the last step and writes the final model; returns its directory.
+
+        Where validation gives a `val_loss`, the model of the lowest one is also written, to `best/`.
 
         Args:
             resume: go on from the newest complete checkpoint, if there is one.
@@ -182,11 +192,11 @@ class Trainer:
                 self._check_finite()
                 journal.say(f"interrupted: {self._save()} holds everything, resume to go on")
                 raise
-        assert isinstance(self.trained, Pretrained)
-        return self.trained.save_pretrained(self.out / FINAL)
+        return self._export(FINAL)
 
     def _train(self, journal: Journal) -> None:
         batches = iter(self.loader)
+        best = min((r["val_loss"] for r in read_log(self.out) if "val_loss" in r), default=math.inf)
         sums: dict[str, Tensor] = {}
         counted, images, began = 0, 0, time.perf_counter()
         while self.step < self.loop.steps:
@@ -195,25 +205,30 @@ class Trainer:
             if self.average is not None:
                 self._average_rate.fill_(self.average.rate_at(self.step))
             inputs = [t for _ in range(self.optim.accumulation) for t in next(batches)]
-            for name, value in self._update(inputs).items():
-                sums[name] = sums.get(name, 0) + value
-            images += sum(len(t) for t in inputs[::2])
-            self.step += 1
-            counted += 1
-
-            last = self.step == self.loop.steps
-            if self.step % self.loop.log_every == 0 or last:
-                self._check_finite()
-                means = {name: float(value) / counted for name, value in sums.items()}
-                rate = images / (time.perf_counter() - began)
-                journal.record(self.step, {**means, "lr": lr, "images_per_second": rate})
-                journal.progress(self.step, f"loss {means['loss']:.4f}  {rate:,.0f} images/s")
-                sums, counted, images, began = {}, 0, 0, time.perf_counter()
+            with _interrupts_wait():
+                for name, value in self._update(inputs).items():
+                    sums[name] = sums.get(name, 0) + value
+                self.step += 1
+                self._place = self.loader.state_dict()
+                images += sum(len(t) for t in inputs[::2])
+                counted += 1
+                last = self.step == self.loop.steps
+                if self.step % self.loop.log_every == 0 or last:
+                    self._check_finite()
+                    means = {name: float(value) / counted for name, value in sums.items()}
+                    rate = images / (time.perf_counter() - began)
+                    journal.record(self.step, {**means, "lr": lr, "images_per_second": rate})
+                    journal.progress(self.step, f"loss {means['loss']:.4f}  {rate:,.0f} images/s")
+                    sums, counted, images, began = {}, 0, 0, time.perf_counter()
             paused = time.perf_counter()
             self.trained.eval()
             if _due(self.step, self.loop.validate_every) or last:
                 figures = self.task.validate(self.trained)
-                journal.record(self.step, figures)
+                if figures:
+                    journal.record(self.step, figures)
+                if figures.get("val_loss", math.inf) < best:
+                    best = figures["val_loss"]
+                    self._export(BEST)
                 if "note" in figures:
                     journal.say(f"step {self.step}: {figures['note']}")
             if _due(self.step, self.loop.picture_every) or last:
@@ -245,6 +260,10 @@ class Trainer:
         self._first_bad.copy_(torch.where(bad, self._steps_done, self._first_bad))
         return {**means, "gradient_norm": norm}
 
+    def _export(self, name: str) -> Path:
+        assert isinstance(self.trained, Pretrained)
+        return self.trained.save_pretrained(self.out / name)
+
     def _picture(self) -> None:
         picture = self.task.picture(self.trained)
         if picture is not None:
@@ -264,7 +283,7 @@ class Trainer:
         checkpoint = Checkpoint(
             step=self.step,
             config=self.config,
-            data=self.loader.state_dict(),
+            data=self._place,
             model=self.model.state_dict(),
             average=self.average.model.state_dict() if self.average is not None else None,
             optimizer=self.optimizer.state_dict(),
@@ -280,14 +299,32 @@ class Trainer:
         load_strict(self.model, checkpoint.model, what=str(directory))
         if self.average is not None and checkpoint.average is not None:
             load_strict(self.average.model, checkpoint.average, what=str(directory))
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        # The options are this run's: its learning rate may be a tensor, and a GPU's are not a CPU's.
+        pairs = zip(self.optimizer.param_groups, checkpoint.optimizer["param_groups"], strict=True)
+        groups = [{**own, "params": saved["params"]} for own, saved in pairs]
+        self.optimizer.load_state_dict({**checkpoint.optimizer, "param_groups": groups})
         self.loader.load_state_dict(checkpoint.data)
+        self._place = checkpoint.data
         restore_random_states(checkpoint.random)
         self.step = checkpoint.step
         self._steps_done.fill_(self.step)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Holds Ctrl-C back until the block is done, so that what is saved afterwards is a whole step and its record."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if pending and callable(usual):
+        usual(signal.SIGINT, None)
 
 
 def _due(step: int, every: int) -> bool:

@@ -45,6 +45,7 @@ class OptimizerConfig:
             "lr must be positive": self.lr > 0,
             "weight_decay must not be negative": self.weight_decay >= 0,
             "warmup must not be negative": self.warmup >= 0,
+            "schedule must be cosine, linear or constant": self.schedule in ("cosine", "linear", "constant"),
             "hold must be in [0, 1)": 0 <= self.hold < 1,
             "final must be in [0, 1]": 0 <= self.final <= 1,
             "clip must be positive": self.clip > 0,

@@ -55,6 +55,8 @@ class TokenizerRun:
             raise ValueError(
                 f"data.crop.size must be model.image_size {self.model.image_size}, not {self.data.crop.size}"
             )
+        if self.validation_images < 1:
+            raise ValueError(f"validation_images must be at least 1, not {self.validation_images}")
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,9 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, console: Console
 
 def validation_images(path: str, size: int, limit: int, *, batch: int = 64) -> Iterable[Batch]:
     """Up to `limit` centre-cropped images, evenly spread over the set, in a fixed order."""
-    stride = max(1, len(ShardSet.open(path)) // limit)
-    left = limit
     # A rank of evaluation_batches is every stride-th sample, which is the even spread wanted here.
-    for images, labels in evaluation_batches(path, batch=batch, size=size, rank=0, world=stride):
-        if left <= 0:
-            return
-        yield Batch(images[:left], labels[:left])
-        left -= len(images)
+    stride = math.ceil(len(ShardSet.open(path)) / limit)
+    return evaluation_batches(path, batch=batch, size=size, rank=0, world=stride)
 
 
 def tokenize(
@@ -158,7 +155,8 @@ def tokenize(
     total = crops * math.ceil(len(shards) / data.batch)
     with writer:
         batches = crop_batches(data, crops)
-        for images, labels in track(batches, "tokenizing", total, console=console, transient=True):
+        shown = console or Console(stderr=True)
+        for images, labels in track(batches, "tokenizing", total, console=shown, transient=True):
             with torch.inference_mode():
                 writer.append(tokenizer.encode(images.to(tokenizer.device)), labels)
     return TokenStore.open(out)
@@ -176,23 +174,32 @@ def train_generator(run: GeneratorRun, *, resume: bool = False, console: Console
         ValueError, TokenStoreError, CheckpointError, NonFiniteLossError: see those.
     """
     _need(run.tokens, "tokens", "a token store (make one with `spectralar tokenize`)")
+    if run.model.token_input == "code":
+        _need(run.tokenizer, "tokenizer", 'a saved tokenizer, which gives token_input="code" its codes')
     store = TokenStore.open(run.tokens)
     run = replace(run, model=fitted(run.model, store))
+    held_out = TokenStore.open(run.validation) if run.validation else None
+    if held_out is not None and fitted(run.model, held_out) != run.model:
+        raise ValueError(f"validation {run.validation} has other tokens, codes or classes than {run.tokens}")
     device = run.loop.resolved_device()
     loader = TokenLoader(store, run.batch, seed=run.loop.seed, device=device)
     tokenizer = SpectralTokenizer.from_pretrained(run.tokenizer, device=device) if run.tokenizer else None
+    digest = weights_digest(tokenizer) if tokenizer is not None else store.info.tokenizer_digest
+    for path, source in ((run.tokens, store), (run.validation, held_out)):
+        if source is not None and len({source.info.tokenizer_digest, digest} - {""}) > 1:
+            raise ValueError(f"the tokens of {path} come from another tokenizer than {run.tokenizer or run.tokens}")
     torch.manual_seed(run.loop.seed)
     model = SpectralGenerator(run.model, codebook=tokenizer.codebook if tokenizer is not None else None)
 
     def validation() -> Iterable[TokenBatch]:
-        held_out = TokenStore.open(run.validation)
+        assert held_out is not None
         tokens = torch.from_numpy(held_out.tokens.astype("int64")).split(256)
         labels = torch.from_numpy(held_out.labels.astype("int64")).split(256)
         return map(TokenBatch, tokens, labels)
 
     task = GeneratorTask(
         model,
-        validation=validation if run.validation else None,
+        validation=validation if held_out is not None else None,
         tokenizer=tokenizer,
         pictured=run.pictured,
         settings=run.sampling,

@@ -21,6 +21,7 @@ __all__ = ["causal_attention", "cached_attention", "group_causal_attention", "sp
 Backend = Literal["sdpa", "reference"]
 MASKS = ("figure", "strict", "none")
 ROLES = ("encoder", "decoder")
+BACKENDS = ("sdpa", "reference")
 
 
 def spectral_attention(
@@ -58,8 +59,9 @@ def spectral_attention(
         `[B, T, H, D]` in v's dtype.
 
     Raises:
-        ValueError: a shape, mask, role or prefix length that is not allowed.
+        ValueError: a shape, mask, role, prefix length or backend that is not allowed.
     """
+    _check_backend(backend)
     _check_qkv(q, k, v)
     if mask not in MASKS:
         raise ValueError(f"mask must be one of {', '.join(MASKS)}, not {mask!r}")
@@ -98,8 +100,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, backend: 
     """Causal self-attention: position t sees positions 0..t. Tensors `[B, T, H, D]`; softmax(scale q k^T) v.
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: shapes that differ, or an unknown backend.
     """
+    _check_backend(backend)
     _check_qkv(q, k, v)
     if backend == "reference":
         return reference.causal_attention(q, k, v, scale)
@@ -120,8 +123,9 @@ def group_causal_attention(
         backend: `sdpa` or `reference`.
 
     Raises:
-        ValueError: shapes that differ, or sizes that do not sum to T.
+        ValueError: shapes that differ, sizes that do not sum to T, or an unknown backend.
     """
+    _check_backend(backend)
     _check_qkv(q, k, v)
     if min(group_sizes, default=1) < 1 or sum(group_sizes) != q.shape[1]:
         raise ValueError(f"group_sizes must be positive and sum to {q.shape[1]}, not {tuple(group_sizes)}")
@@ -146,8 +150,9 @@ def cached_attention(
         backend: `sdpa` or `reference`.
 
     Raises:
-        ValueError: shapes that differ, or a length outside the cache.
+        ValueError: shapes that differ, a length outside the cache, or an unknown backend.
     """
+    _check_backend(backend)
     if k_cache.shape != v_cache.shape or q.shape[0] != k_cache.shape[0] or q.shape[2:] != k_cache.shape[2:]:
         raise ValueError(f"q {tuple(q.shape)} does not fit caches {tuple(k_cache.shape)}, {tuple(v_cache.shape)}")
     if not 1 <= length <= k_cache.shape[1]:
@@ -166,6 +171,11 @@ def _sdpa(
     return out.transpose(1, 2)
 
 
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+
+
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
@@ -174,7 +184,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_prefix_lengths(prefix_lengths: Tensor, batch: int, tokens: int) -> None:
-    if prefix_lengths.shape != (batch,) or prefix_lengths.dtype.is_floating_point:
+    if prefix_lengths.shape != (batch,) or prefix_lengths.dtype.is_floating_point or prefix_lengths.dtype == torch.bool:
         raise ValueError(
             f"prefix_lengths must be integers of shape [{batch}], not {prefix_lengths.dtype} "
             f"{tuple(prefix_lengths.shape)}"

@@ -39,7 +39,7 @@ def spectral_mask(
 def group_causal_mask(group_sizes: Sequence[int], device: torch.device) -> Tensor:
     """Boolean `[T, T]`: a position sees its own group and all earlier groups (VAR's block-causal mask)."""
     group = torch.repeat_interleave(
-        torch.arange(len(group_sizes), device=device), torch.tensor(list(group_sizes), device=device)
+        torch.arange(len(group_sizes), device=device), torch.tensor(list(group_sizes), dtype=torch.int64, device=device)
     )
     return group[:, None] >= group[None, :]
 

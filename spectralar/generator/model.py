@@ -54,8 +54,8 @@ class SelfAttention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
         scale = self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()[:, None]
-        q = F.normalize(q.float(), dim=-1, eps=1e-12) * scale
-        return q.to(v.dtype), F.normalize(k.float(), dim=-1, eps=1e-12).to(v.dtype), v
+        q = F.normalize(_wide(q), dim=-1, eps=1e-12) * scale
+        return q.to(v.dtype), F.normalize(_wide(k), dim=-1, eps=1e-12).to(v.dtype), v
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
@@ -147,7 +147,7 @@ class SpectralGenerator(Pretrained[GeneratorConfig], nn.Module):
             tokens: `[B, N]` integers; the last group is not read.
 
         Returns:
-            `[B, N, K]` fp32 logits; position t predicts token t.
+            `[B, N, K]` logits, fp32 (fp64 for an fp64 model); position t predicts token t.
 
         Raises:
             TypeError, ValueError: wrong dtype, shape or range (values of CUDA tensors are not read).
@@ -156,7 +156,7 @@ class SpectralGenerator(Pretrained[GeneratorConfig], nn.Module):
         if self.training and self.config.class_drop > 0:
             dropped = torch.rand(len(classes), device=classes.device) < self.config.class_drop
             classes = classes.masked_fill(dropped, self.config.classes)
-        condition = self.class_table(classes)  # [B, W]
+        condition = self.class_table(classes.long())  # [B, W]
         start = condition[:, None] + self.start_positions
         later = self._embed(tokens[:, : self.config.tokens - self.config.group])
         x = torch.cat([start, later], dim=1) + self.positions
@@ -173,7 +173,7 @@ class SpectralGenerator(Pretrained[GeneratorConfig], nn.Module):
         """
         self._check(classes, None)
         config, batch = self.config, len(classes)
-        condition = self.class_table(classes)
+        condition = self.class_table(classes.long())
         modulations = torch.stack([block.modulation(condition) for block in self.blocks])  # type: ignore[operator]
         head = self.head_adaln(F.silu(condition)).unflatten(-1, (2, -1))
         shape = (config.depth, batch, config.tokens, config.heads, config.width // config.heads)
@@ -189,7 +189,7 @@ class SpectralGenerator(Pretrained[GeneratorConfig], nn.Module):
             previous: `[B, group]` tokens of the previous step, None at the first.
 
         Returns:
-            `[B, group, K]` fp32 logits.
+            `[B, group, K]` logits, fp32 (fp64 for an fp64 model).
 
         Raises:
             ValueError: all steps are done, or `previous` does not fit the step.
@@ -199,6 +199,9 @@ class SpectralGenerator(Pretrained[GeneratorConfig], nn.Module):
             raise ValueError(f"all {config.steps} steps are done")
         if (previous is None) != (state.step == 0):
             raise ValueError("previous must be None at the first step and the last group's tokens afterwards")
+        if previous is not None and previous.shape != (len(state.start), config.group):
+            expected = [len(state.start), config.group]
+            raise ValueError(f"previous must have shape {expected}, not {list(previous.shape)}")
         first = state.step * config.group
         content = state.start[:, None] + self.start_positions if previous is None else self._embed(previous)
         x = content + self.positions[first : first + config.group]
@@ -217,12 +220,12 @@ class SpectralGenerator(Pretrained[GeneratorConfig], nn.Module):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self.config.token_input == "table":
-            return self.token_table(tokens)
-        return self.from_code(F.embedding(tokens, self.codes))
+            return self.token_table(tokens.long())
+        return self.from_code(F.embedding(tokens.long(), self.codes))
 
     def _logits(self, x: Tensor, modulation: Tensor) -> Tensor:
-        scale, shift = modulation.float()[:, :, None].unbind(1)
-        return self.head(modulated_layer_norm(x.float(), scale, shift)).float()
+        scale, shift = _wide(modulation)[:, :, None].unbind(1)
+        return _wide(self.head(modulated_layer_norm(_wide(x), scale, shift).to(self.head.weight.dtype)))
 
     def _check(self, classes: Tensor, tokens: Tensor | None) -> None:
         config = self.config
@@ -258,8 +261,13 @@ class SpectralGenerator(Pretrained[GeneratorConfig], nn.Module):
                 block.adaln.weight[2 * config.width :].mul_(0.5)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32: where bf16 would cost too much."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _check_range(values: Tensor, highest: int, name: str) -> None:
     if values.device.type == "cpu" and values.numel():
-        low, high = (int(x) for x in values.aminmax())
+        low, high = (int(x) for x in values.long().aminmax())
         if low < 0 or high > highest:
             raise ValueError(f"{name} must be in 0..{highest}, not {low}..{high}")

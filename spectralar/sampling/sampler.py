@@ -151,16 +151,20 @@ class Sampler:
                 f"prefix must be integers of shape [{batch}, m] with m in 0..{length}, "
                 f"not {prefix.dtype} {list(prefix.shape)}"
             )
+        prefix = prefix.long()
         highest = self.generator.config.codebook_size - 1
         if prefix.numel() and not (0 <= int(prefix.min()) and int(prefix.max()) <= highest):
             raise ValueError(f"prefix tokens must be in 0..{highest}, not {int(prefix.min())}..{int(prefix.max())}")
-        return prefix.long()
+        return prefix
 
 
 def _integers(values: Integers, name: str) -> Tensor:
-    tensor = torch.as_tensor(values)
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a list of 64-bit integers, not {values!r}") from error
     if tensor.numel() == 0:
         tensor = tensor.long().reshape(-1) if tensor.dim() <= 1 else tensor
     if tensor.dim() != 1 or tensor.dtype.is_floating_point or tensor.dtype == torch.bool:
-        raise TypeError(f"{name} must be a list of integers, not {values!r}")
+        raise TypeError(f"{name} must be a list of 64-bit integers, not {values!r}")
     return tensor.long()

@@ -7,6 +7,7 @@ by `TokenizerConfig.pixel_head` in `build_pixel_head`.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralar.config import TokenizerConfig
@@ -15,8 +16,8 @@ from spectralar.config import TokenizerConfig
 class DirectPixelHead(nn.Module):
     """A linear map from each feature to its patch, then a 3x3 convolution over the picture (single-stage TiTok).
 
-    The convolution starts as the identity, so that the first pictures are the linear map's. Computed in fp32 also
-    under autocast: bf16 pixels would be a whole 8-bit step wrong near white.
+    The convolution starts as the identity, so that the first pictures are the linear map's. Computed in fp32 (fp64
+    for fp64) also under autocast and with bf16 weights: bf16 pixels would be a whole 8-bit step wrong near white.
     """
 
     def __init__(self, width: int, patch_size: int) -> None:
@@ -30,11 +31,17 @@ class DirectPixelHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:  # [B, G, G, W]
         with torch.autocast(features.device.type, enabled=False):
-            patches = self.to_patch(features.float())  # [B, G, G, p * p * 3]
+            dtype = torch.promote_types(features.dtype, torch.float32)
+            patches = F.linear(features.to(dtype), *_parameters(self.to_patch, dtype))  # [B, G, G, p * p * 3]
             batch, grid = patches.shape[:2]
             p = self.patch_size
             pixels = patches.view(batch, grid, grid, p, p, 3).permute(0, 5, 1, 3, 2, 4)
-            return self.smooth(pixels.reshape(batch, 3, grid * p, grid * p))
+            return F.conv2d(pixels.reshape(batch, 3, grid * p, grid * p), *_parameters(self.smooth, dtype), padding=1)
+
+
+def _parameters(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    assert layer.bias is not None
+    return layer.weight.to(dtype), layer.bias.to(dtype)
 
 
 def build_pixel_head(config: TokenizerConfig) -> DirectPixelHead:

@@ -25,6 +25,26 @@ class TokenizerOutput(NamedTuple):
     codebook_loss: Tensor
 
 
+class LatentBatchNorm(nn.Module):
+    """Zero mean and unit variance over the batch for each coordinate of each position; running statistics in eval.
+
+    A fresh encoder gives nearly the same latents for all images, far closer together than codes are, so that every
+    position starts with one code and the decoder learns to ignore it. Standardised latents differ from the first step.
+    Batch normalisation before a vector quantizer is due to Lancucki et al., "Robust training of vector quantized
+    bottleneck models" (2020).
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(config.tokens * config.code_dim, affine=False, momentum=0.01)
+
+    def forward(self, latents: Tensor) -> Tensor:  # [B, N, D]
+        mean = self.norm.running_mean
+        assert mean is not None
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.norm(latents.to(mean.dtype).flatten(1)).view_as(latents)
+
+
 class Encoder(nn.Module):
     """Images to N latents (eq. 3, left): a ViT over patches and learned queries; the queries' rows are the latents."""
 
@@ -35,12 +55,14 @@ class Encoder(nn.Module):
         self.vit = SpectralViT(config.encoder, config.patches, config.mask, "encoder")
         self.queries = nn.Parameter(width**-0.5 * torch.randn(config.tokens, width))
         self.to_latent = nn.Linear(width, config.code_dim)
+        self.latent_norm = LatentBatchNorm(config) if config.latent_norm == "batch" else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] in [0, 1]
+        images = images.to(self.patch_embed.weight.dtype)
         patches = self.patch_embed(2 * images - 1).flatten(2).transpose(1, 2)  # [B, P, W], row-major
         queries = self.queries.expand(len(images), -1, -1)
         _, latents = self.vit(patches, queries)
-        return self.to_latent(self.vit.norm_after(latents))  # [B, N, D]
+        return self.latent_norm(self.to_latent(self.vit.norm_after(latents)))  # [B, N, D]
 
 
 class Decoder(nn.Module):
@@ -57,7 +79,7 @@ class Decoder(nn.Module):
         self.head = build_pixel_head(config)
 
     def forward(self, codes: Tensor, prefix_lengths: Tensor | None = None) -> Tensor:  # [B, n, D]
-        spectral = self.from_code(codes) + self.token_positions[: codes.shape[1]]
+        spectral = self.from_code(codes.to(self.from_code.weight.dtype)) + self.token_positions[: codes.shape[1]]
         mask_tokens = self.mask_token.expand(len(codes), self.patches, -1)
         image_rows, _ = self.vit(mask_tokens, spectral, prefix_lengths)
         features = self.vit.norm_after(image_rows).unflatten(1, (self.grid, self.grid))
@@ -138,7 +160,7 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
             TypeError, ValueError: as `decode`; lengths outside 1..n.
         """
         self._check_tokens(tokens)
-        self._check_lengths(lengths, len(tokens), tokens.shape[1])
+        self._check_lengths(lengths, len(tokens), tokens.shape[1], wait=True)
         return self.decoder(self._codes(tokens), lengths.to(tokens.device))
 
     def reconstruct(self, images: Tensor, length: int | None = None) -> Tensor:
@@ -161,8 +183,12 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
 
         Returns:
             `[B, 3, S, S]` floating.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
         """
         images = to_float(images, size=self.config.image_size, check_range=False)
+        self._check_lengths(lengths, len(images), self.config.tokens, wait=False)
         if self.config.supervision == "full":
             return images
         return spectral_targets(images, self.cutoffs[lengths.to(self.device) - 1])
@@ -173,8 +199,14 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
         Args:
             images: `[B, 3, S, S]` uint8 or floating in [0, 1]; values are not checked here.
             lengths: `[B]` integers in 1..N.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape or size of images, wrong dtype or shape of lengths, or lengths in
+                CPU memory outside 1..N.
         """
-        latents = self.encoder(to_float(images, size=self.config.image_size, check_range=False))
+        images = to_float(images, size=self.config.image_size, check_range=False)
+        self._check_lengths(lengths, len(images), self.config.tokens, wait=False)
+        latents = self.encoder(images)
         quantized = vq.vector_quantize(
             latents, self.codebook, normalize=self.config.normalize_codes, commitment=self.config.commitment
         )
@@ -182,7 +214,7 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
         return TokenizerOutput(rebuilt, quantized.indices, quantized.commitment_loss, quantized.codebook_loss)
 
     def _codes(self, tokens: Tensor) -> Tensor:
-        return vq.lookup(tokens, self.codebook, normalize=self.config.normalize_codes)
+        return vq.lookup(tokens.long(), self.codebook, normalize=self.config.normalize_codes)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
@@ -192,14 +224,16 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
                 f"tokens must have shape [B, n] with n in 1..{self.config.tokens}, not {list(tokens.shape)}"
             )
         if tokens.numel():
-            low, high = (int(x) for x in tokens.aminmax())
+            low, high = (int(x) for x in tokens.long().aminmax())
             if low < 0 or high >= self.config.codebook_size:
                 raise ValueError(f"tokens must be in 0..{self.config.codebook_size - 1}, not {low}..{high}")
 
-    def _check_lengths(self, lengths: Tensor, batch: int, tokens: int) -> None:
-        if lengths.shape != (batch,) or lengths.dtype.is_floating_point:
+    def _check_lengths(self, lengths: Tensor, batch: int, tokens: int, *, wait: bool) -> None:
+        """`wait`: look at the values also where that waits for a GPU."""
+        if lengths.shape != (batch,) or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
             raise ValueError(
                 f"lengths must be {batch} integers, one per sample, not {lengths.dtype} {list(lengths.shape)}"
             )
-        if batch and not (1 <= int(lengths.min()) and int(lengths.max()) <= tokens):
+        readable = wait or lengths.device.type == "cpu"
+        if readable and batch and not (1 <= int(lengths.min()) and int(lengths.max()) <= tokens):
             raise ValueError(f"lengths must be 1..{tokens}, not {int(lengths.min())}..{int(lengths.max())}")

@@ -51,7 +51,9 @@ class Pretrained(Generic[Config]):
         }
         save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
         described = {"model": type(self).__name__, **to_dict(self.config)}
-        (directory / CONFIG_FILE).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+        (directory / CONFIG_FILE).write_text(
+            json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         return directory
 
     @classmethod
@@ -120,7 +122,7 @@ def resolve(source: str | Path, *, revision: str | None = None) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `WeightsError` names the file when it is missing or damaged."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise WeightsError(f"missing file: {path}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

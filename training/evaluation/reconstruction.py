@@ -14,10 +14,12 @@ from spectralar.kernels.dct import spectral_targets
 from spectralar.kernels.vq import code_usage, perplexity
 from spectralar.tokenizer import SpectralTokenizer
 
+_MOST = 99.0
+
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """Figures over one set of images.
+    """Figures over one set of images; the PSNR of an image counts at most 99 dB, so that means are finite.
 
     Attributes:
         images: number of images.
@@ -85,13 +87,13 @@ def evaluate_tokenizer(
         tokens = tokenizer.encode(images)
         tokens_seen.append(tokens)
         images_seen.append(batch[0])
-        add("mean", psnr(images.mean((2, 3), keepdim=True).expand_as(images), images))
+        add("mean", _psnr(images.mean((2, 3), keepdim=True).expand_as(images), images))
         for n in chosen:
             rebuilt = tokenizer.decode(tokens[:, :n])
             target = spectral_targets(images, config.cutoffs[n - 1])
-            add(f"image{n}", psnr(rebuilt, images))
+            add(f"image{n}", _psnr(rebuilt, images))
             add(f"target{n}", _psnr_unclamped(rebuilt, target))
-            add(f"ideal{n}", psnr(target, images))
+            add(f"ideal{n}", _psnr(target, images))
     if not tokens_seen:
         raise ValueError("batches holds no images")
     tokens = torch.cat(tokens_seen)
@@ -118,9 +120,13 @@ def evaluate_tokenizer(
     )
 
 
+def _psnr(images: Tensor, targets: Tensor) -> Tensor:
+    return psnr(images, targets).clamp(max=_MOST)
+
+
 def _psnr_unclamped(images: Tensor, targets: Tensor) -> Tensor:
-    """PSNR against sub-images, whose values may leave [0, 1]; infinity is capped at 99 dB so that means exist."""
-    return (-10 * (images - targets).square().flatten(1).mean(1).log10()).clamp(max=99)
+    """PSNR against sub-images, whose values may leave [0, 1]."""
+    return (-10 * (images - targets).square().flatten(1).mean(1).log10()).clamp(max=_MOST)
 
 
 def _drop_costs(
@@ -135,7 +141,7 @@ def _drop_costs(
             if position is not None:
                 chunk = chunk.clone()
                 chunk[:, position] = silent[position]
-            total += float(psnr(tokenizer.decode(chunk), to_float(batch.to(tokens.device))).double().sum())
+            total += float(_psnr(tokenizer.decode(chunk), to_float(batch.to(tokens.device))).double().sum())
         return total / len(tokens)
 
     reference = mean_psnr(None) if full is None else full
