@@ -18,7 +18,7 @@ from spectralar.pipeline import SpectralAR
 from spectralar.sampling import SamplingSettings
 from spectralar.weights import EMBEDDED
 
-GOOD_LOOKING = SamplingSettings(guidance=5.0, guidance_schedule="ramp", top_p=0.92)
+GOOD_LOOKING = SamplingSettings(guidance=2.0, guidance_schedule="ramp", top_p=0.92)
 """Settings under which the embedded model draws clean pictures."""
 
 EXAMPLES = ("face-tongue", "heart", "food-fruit", "country-flag", "time", "plant-flower", "person-role", "lock")

@@ -319,6 +319,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for name, value in changes.items():
@@ -349,6 +357,8 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
         return from_dict(hint, value, where=f"{where}.")  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, str) and _is_number(value):
+        return float(value)  # YAML 1.1 takes 1e-3, without a dot, for text
     good = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
     _require(good, f"{where} must be of type {hint.__name__}, not {value!r}")
     return value

@@ -14,17 +14,18 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 
+from spectralar.commands import EXAMPLES, GOOD_LOOKING
 from spectralar.generator import SpectralGenerator
 from spectralar.pictures import coarse_to_fine, prefix_strip, sample_grid
 from spectralar.pipeline import SpectralAR
 from spectralar.sampling import SamplingSettings
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.training.data import ShardSet, evaluation_batches, write_shards
+from spectralar.training.data.shard_set import MANIFEST
 from spectralar.training.evaluation.reconstruction import TokenizerReport, default_lengths, evaluate_tokenizer
 from spectralar.training.journal import read_log
 from spectralar.training.presets import GENERATOR_RUNS, TOKENIZER_RUNS
 from spectralar.training.runs import tokenize, train_generator, train_tokenizer
-from spectralar.weights import EMBEDDED
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
@@ -59,7 +60,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def cut_crops(out: Path, size: int, *, seed: int = 0) -> tuple[Path, Path]:
-    """Cuts squares of 85 to 100 % of the side of every photograph's central square into class folders.
+    """Cuts squares of 90 to 100 % of the side of every photograph's central square into class folders.
 
     Training and held-out crops are different cuts of the same photographs, so they overlap; the held-out figures tell
     how well a model rebuilds crops that it has not seen, not photographs that it has not seen.
@@ -76,7 +77,7 @@ def cut_crops(out: Path, size: int, *, seed: int = 0) -> tuple[Path, Path]:
     for name, photograph in photographs().items():
         square = ImageOps.fit(photograph, (min(photograph.size),) * 2)
         for index in range(TRAIN_CROPS + HELD_OUT_CROPS):
-            side = int(square.width * random.uniform(0.85, 1.0))
+            side = int(square.width * random.uniform(0.9, 1.0))
             left, top = (int(random.integers(0, square.width - side + 1)) for _ in range(2))
             box = (left, top, left + side, top + side)
             crop = square.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
@@ -103,9 +104,8 @@ def demo(out: Path = Path("runs/demo"), *, fresh: bool = True) -> None:
 
     first, second = TOKENIZER_RUNS[preset], GENERATOR_RUNS[preset]
     console.rule("1  photographs to shards")
-    if not (out / "shards").exists():
-        stored = first.data.crop.resize or first.data.crop.size
-        train, held_out = cut_crops(out / "crops", stored)
+    if not (out / "shards" / "held-out" / MANIFEST).exists():
+        train, held_out = cut_crops(out / "crops", first.data.crop.size)
         write_shards(train, out / "shards" / "train")
         write_shards(held_out, out / "shards" / "held-out", classes_from=out / "shards" / "train")
     train_set = ShardSet.open(out / "shards" / "train")
@@ -127,7 +127,7 @@ def demo(out: Path = Path("runs/demo"), *, fresh: bool = True) -> None:
     for name, path in (("train", first.data.path), ("held-out", held_out_path)):
         shutil.rmtree(out / "tokens" / name, ignore_errors=True)
         data = replace(first.data, path=path)
-        tokenize(tokenizer, data, out / "tokens" / name, crops=4 if name == "train" else 1, console=console)
+        tokenize(tokenizer, data, out / "tokens" / name, console=console)
     second = replace(
         second,
         tokens=str(out / "tokens" / "train"),
@@ -151,13 +151,12 @@ def demo(out: Path = Path("runs/demo"), *, fresh: bool = True) -> None:
 
 
 def _show_embedded(out: Path, console: Console) -> None:
-    if not (EMBEDDED / "tokenizer").exists():
-        return
     console.rule("0  the model that ships with the package")
     model = SpectralAR.from_pretrained()
     began = time.perf_counter()
-    sample_grid(model).save(out / "embedded.png")
-    coarse_to_fine(model, 0, seed=0).save(out / "embedded-steps.png")
+    classes = model.find_classes(EXAMPLES)
+    sample_grid(model, classes=classes, settings=GOOD_LOOKING).save(out / "embedded.png")
+    coarse_to_fine(model, classes[0], settings=GOOD_LOOKING).save(out / "embedded-steps.png")
     console.print(f"drew {out / 'embedded.png'} and embedded-steps.png in {time.perf_counter() - began:.1f} s")
 
 

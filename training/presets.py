@@ -54,21 +54,25 @@ TOKENIZER_RUNS: dict[str, TokenizerRun] = {
     "demo-cpu": TokenizerRun(
         model=TokenizerConfig(
             image_size=64,
-            patch_size=8,
+            patch_size=16,
             tokens=32,
             codebook_size=512,
-            encoder=ViTConfig(128, 2, 2),
+            code_dim=8,
+            encoder=ViTConfig(128, 1, 2),
             decoder=ViTConfig(128, 4, 2),
+            latent_norm="batch",
         ),
-        data=LoaderConfig(path="", batch=32, crop=Crop(64, "random", resize=72, flip=False)),
-        loss=TokenizerLossConfig(pixel=10.0),
-        optimizer=OptimizerConfig(lr=1e-3, warmup=50, ema=0.99),
-        loop=LoopConfig(out="runs/demo/tokenizer", steps=900, log_every=10, validate_every=300, picture_every=300),
+        data=LoaderConfig(path="", batch=24, crop=Crop(64, "none", flip=False), cache=True),
+        loss=TokenizerLossConfig(pixel=20.0),
+        optimizer=OptimizerConfig(lr=1.5e-3, warmup=50, ema=0.99),
+        loop=LoopConfig(out="runs/demo/tokenizer", steps=2_000, log_every=10, validate_every=500, picture_every=500),
     ),
     "demo-gpu": TokenizerRun(
-        model=TokenizerConfig(image_size=128, encoder=_TINY, decoder=_TINY, codebook_size=1024),
-        data=LoaderConfig(path="", batch=128, crop=Crop(128, "random", resize=144, flip=False), cache=True),
-        loss=TokenizerLossConfig(pixel=10.0),
+        model=TokenizerConfig(
+            image_size=128, patch_size=16, codebook_size=1024, encoder=_TINY, decoder=_TINY, latent_norm="batch"
+        ),
+        data=LoaderConfig(path="", batch=128, crop=Crop(128, "none", flip=False), cache=True),
+        loss=TokenizerLossConfig(pixel=15.0),
         optimizer=OptimizerConfig(lr=6e-4, warmup=200),
         loop=LoopConfig(out="runs/demo/tokenizer", steps=5_000, validate_every=1_000, picture_every=1_000),
     ),
@@ -111,7 +115,7 @@ GENERATOR_RUNS: dict[str, GeneratorRun] = {
         model=generator_preset("d4", depth=2),
         batch=64,
         optimizer=OptimizerConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=50, clip=2.0, ema=0.99),
-        loop=LoopConfig(out="runs/demo/generator", steps=600, log_every=10, validate_every=200, picture_every=200),
+        loop=LoopConfig(out="runs/demo/generator", steps=500, log_every=10, validate_every=250, picture_every=250),
         sampling=SamplingSettings(guidance=2.0, top_p=0.95),
     ),
     "demo-gpu": GeneratorRun(

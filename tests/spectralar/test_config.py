@@ -128,7 +128,7 @@ def test_a_vision_transformer_may_be_given_by_name(name: str) -> None:
         ({"inner": {"size": 1.0}}, "inner.size must be of type int, not 1.0"),
         ({"inner": {"size": True}}, "inner.size must be of type int, not True"),
         ({"inner": {"size": None}}, "inner.size must be of type int, not None"),
-        ({"inner": {"size": 1, "rate": "1e-3"}}, "inner.rate must be of type float, not '1e-3'"),
+        ({"inner": {"size": 1, "rate": "fast"}}, "inner.rate must be of type float, not 'fast'"),
         ({"inner": {"size": 1, "rate": False}}, "inner.rate must be of type float, not False"),
         ({"inner": {"size": 1}, "other": {"size": []}}, "other.size must be of type int, not []"),
         ({"inner": {"size": 1}, "flag": 1}, "flag must be of type bool, not 1"),
@@ -161,6 +161,8 @@ def test_yaml_over_the_defaults_and_over_a_base(tmp_path: Path) -> None:
     assert load_yaml(Outer, path, base=OUTER) == expected
     with pytest.raises(ValueError, match=r"missing field inner\.size of Inner"):
         load_yaml(Outer, path)
+    path.write_text("inner: {rate: 1e-3}\n")  # text to YAML 1.1
+    assert load_yaml(Outer, path, base=OUTER) == dataclasses.replace(OUTER, inner=Inner(1, 1e-3))
     path.write_text("inner:\n  size: 3\n")
     assert load_yaml(Outer, path) == Outer(Inner(3))
 
