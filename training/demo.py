@@ -164,10 +164,17 @@ def _table(report: TokenizerReport) -> Table:
     table = Table(title=f"PSNR in dB of {report.images} held-out crops")
     for column in ("tokens n", "to the crop", "to its sub-image I'_n", "of I'_n itself"):
         table.add_column(column, justify="right")
-    for row in zip(report.lengths, report.psnr, report.psnr_target, report.psnr_ideal, strict=True):
-        table.add_row(str(row[0]), *(f"{value:.2f}" for value in row[1:]))
-    table.add_row("mean colour", f"{report.psnr_mean_colour:.2f}", "", "")
+    for row in _rows(report):
+        table.add_row(*row)
     return table
+
+
+def _rows(report: TokenizerReport) -> list[tuple[str, ...]]:
+    """Rows of the PSNR table as text; the last sub-image is the crop itself."""
+    lists = zip(report.lengths, report.psnr, report.psnr_target, report.psnr_ideal, strict=True)
+    rows = [(str(n), f"{a:.2f}", f"{b:.2f}", f"{c:.2f}") for n, a, b, c in lists]
+    rows[-1] = (*rows[-1][:3], "exact")
+    return [*rows, ("mean colour", f"{report.psnr_mean_colour:.2f}", "", "")]
 
 
 def _write_report(
@@ -184,10 +191,7 @@ def _write_report(
     sample_grid(model, settings=settings).save(out / "samples.png")
     coarse_to_fine(model, 0, seed=0, settings=settings).save(out / "steps.png")
     _plot_losses(out)
-    rows = "\n".join(
-        f"| {n} | {a:.2f} | {b:.2f} | {c:.2f} |"
-        for n, a, b, c in zip(report.lengths, report.psnr, report.psnr_target, report.psnr_ideal, strict=True)
-    )
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in _rows(report))
     gain = report.psnr[-1] - report.psnr_mean_colour
     said = ", ".join(str(count) for count in report.distinct)
     cost = ", ".join(f"{value:.2f}" for value in report.drop_cost)
@@ -205,7 +209,6 @@ photographs.
 | tokens n | PSNR to the crop (dB) | to its sub-image I'_n | of I'_n itself |
 |---|---|---|---|
 {rows}
-| mean colour | {report.psnr_mean_colour:.2f} | | |
 
 All tokens gain {gain:.2f} dB over predicting the mean colour. Of {model.tokenizer.config.codebook_size} codes
 {report.codes_used} are in use. Different codes per position: {said}. PSNR in dB lost when the token of a position is
