@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-demo ## set up, then run `spectralar demo`
 
 test: lint types ## set up, then lint, types and tests
 	@echo "== tests"
-	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup --quiet
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup --quiet
 
 lint: $(VENV)/.installed-dev ## style and format (ruff)
 	@echo "== lint"
