@@ -84,7 +84,7 @@ def sample(
     seconds = time.perf_counter() - began
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
-    grid(rows, row_labels=[loaded.class_names[c] for c in chosen]).save(out)
+    grid(rows, row_labels=[loaded.class_label(c) for c in chosen]).save(out)
     steps = out.with_name(f"{out.stem}-steps{out.suffix}")
     coarse_to_fine(loaded, chosen[0], seed=seed, settings=settings).save(steps)
     if folder is not None:

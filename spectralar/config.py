@@ -191,10 +191,12 @@ class GeneratorConfig:
 
     @property
     def width(self) -> int:
+        """Channels, 64 a head."""
         return 64 * self.depth
 
     @property
     def heads(self) -> int:
+        """Attention heads, one per block of depth."""
         return self.depth
 
     @property
@@ -204,10 +206,12 @@ class GeneratorConfig:
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
+        """Sizes of the groups of tokens, in the order in which they are drawn; they sum to N."""
         return (self.group,) * self.steps
 
     @property
     def max_drop_path(self) -> float:
+        """Rate of stochastic depth in the last block."""
         return 0.1 * self.depth / 24 if self.drop_path is None else self.drop_path
 
     def parameters(self) -> int:

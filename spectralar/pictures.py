@@ -111,7 +111,7 @@ def sample_grid(
     pairs = [(c, seed + j) for c in chosen for j in range(columns)]
     images = model.generate([c for c, _ in pairs], [s for _, s in pairs], settings)
     rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
-    return grid(rows, row_labels=[model.class_names[c] for c in chosen])
+    return grid(rows, row_labels=[model.class_label(c) for c in chosen])
 
 
 def coarse_to_fine(
@@ -143,4 +143,4 @@ def coarse_to_fine(
     row = [
         step.images()[0] for step in model.stream([class_number], [seed], settings) if step.tokens.shape[1] in chosen
     ]
-    return grid([row], row_labels=[model.class_names[class_number]], column_labels=[f"n = {n}" for n in chosen])
+    return grid([row], row_labels=[model.class_label(class_number)], column_labels=[f"n = {n}" for n in chosen])

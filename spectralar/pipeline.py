@@ -59,6 +59,10 @@ class SpectralAR(Sampler):
         config = self.generator.config
         return config.class_names or tuple(str(i) for i in range(config.classes))
 
+    def class_label(self, number: int) -> str:
+        """Name of a class number, "no class" for the number after the last."""
+        return (*self.class_names, "no class")[number]
+
     def find_classes(self, names: Sequence[str]) -> list[int]:
         """Class numbers of names or numbers; a name may be any part that fits exactly one class, case ignored.
 

@@ -20,7 +20,7 @@ from spectralar.pictures import coarse_to_fine, prefix_strip, sample_grid
 from spectralar.pipeline import SpectralAR
 from spectralar.sampling import SamplingSettings
 from spectralar.tokenizer import SpectralTokenizer
-from spectralar.training.data import ShardSet, evaluation_batches, write_shards
+from spectralar.training.data import Batch, ShardSet, evaluation_batches, write_shards
 from spectralar.training.data.shard_set import MANIFEST
 from spectralar.training.evaluation.reconstruction import TokenizerReport, default_lengths, evaluate_tokenizer
 from spectralar.training.journal import read_log
@@ -40,6 +40,9 @@ PHOTOGRAPHS = {
 """Class names and files of the colour photographs in scikit-image's package."""
 
 TRAIN_CROPS, HELD_OUT_CROPS = 160, 8
+
+MARKER = ".spectralar-demo"
+"""File by which the demo knows a folder of its own."""
 
 
 def photographs() -> dict[str, Image.Image]:
@@ -93,13 +96,14 @@ def demo(out: Path = Path("runs/demo"), *, fresh: bool = True) -> None:
     Args:
         out: folder for shards, models, pictures and the report.
         fresh: start again if the folder holds an earlier demo; otherwise go on from its last checkpoint.
+
+    Raises:
+        ValueError: a folder that holds something else, or scikit-image is missing.
     """
     console = Console(stderr=True)
     began = time.perf_counter()
     preset = "demo-gpu" if torch.cuda.is_available() else "demo-cpu"
-    if fresh:
-        shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, fresh)
     _show_embedded(out, console)
 
     first, second = TOKENIZER_RUNS[preset], GENERATOR_RUNS[preset]
@@ -140,14 +144,23 @@ def demo(out: Path = Path("runs/demo"), *, fresh: bool = True) -> None:
 
     console.rule("4  pictures and report")
     model = SpectralAR(tokenizer, generator)
-    held_out_images = torch.cat(
-        [b.images for b in evaluation_batches(held_out_path, batch=64, size=tokenizer.config.image_size)]
-    )
-    report = evaluate_tokenizer(tokenizer, [(held_out_images,)], drop_cost=True)
+    crops = list(evaluation_batches(held_out_path, batch=64, size=tokenizer.config.image_size))
+    report = evaluate_tokenizer(tokenizer, crops, drop_cost=True)
     model.save_pretrained(out / "model")
-    _write_report(out, model, report, held_out_images, second.sampling, time.perf_counter() - began)
+    _draw_strips(out, model, crops)
+    _write_report(out, model, report, second.sampling, time.perf_counter() - began)
     console.print(_table(report))
     console.print(f"report: {out / 'report.md'}   pictures: {out}/*.png   model: {out / 'model'}")
+
+
+def _claim(out: Path, fresh: bool) -> None:
+    """Makes the demo's folder, emptied of an earlier demo if `fresh`; never touches a folder of anything else."""
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
+        raise ValueError(f"out {out} holds files that no demo wrote; name a new or empty folder")
+    if fresh:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
 
 
 def _show_embedded(out: Path, console: Console) -> None:
@@ -177,17 +190,26 @@ def _rows(report: TokenizerReport) -> list[tuple[str, ...]]:
     return [*rows, ("mean colour", f"{report.psnr_mean_colour:.2f}", "", "")]
 
 
+def _draw_strips(out: Path, model: SpectralAR, crops: Sequence[Batch]) -> None:
+    """A strip of every held-out crop under `strips/`, and one of each class together in `strips.png`."""
+    lengths = default_lengths(model.tokenizer.config.tokens)
+    images = torch.cat([batch.images for batch in crops])
+    labels = torch.cat([batch.labels for batch in crops]).tolist()
+    (out / "strips").mkdir(exist_ok=True)
+    for i, label in enumerate(labels):
+        place = out / "strips" / f"{model.class_names[label]}-{labels[:i].count(label)}.png"
+        prefix_strip(model.tokenizer, images[i : i + 1], lengths).save(place)
+    first = [labels.index(label) for label in sorted(set(labels))]
+    prefix_strip(model.tokenizer, images[first], lengths).save(out / "strips.png")
+
+
 def _write_report(
     out: Path,
     model: SpectralAR,
     report: TokenizerReport,
-    held_out: torch.Tensor,
     settings: SamplingSettings,
     seconds: float,
 ) -> None:
-    lengths = default_lengths(model.tokenizer.config.tokens)
-    shown = held_out[:: max(1, len(held_out) // 4)][:4]
-    prefix_strip(model.tokenizer, shown, lengths).save(out / "strips.png")
     sample_grid(model, settings=settings).save(out / "samples.png")
     coarse_to_fine(model, 0, seed=0, settings=settings).save(out / "steps.png")
     _plot_losses(out)
@@ -203,6 +225,8 @@ photograph), {seconds / 60:.1f} minutes on {model.tokenizer.device.type}. Held-o
 photographs.
 
 ## Rebuilding {report.images} held-out crops
+
+One crop of every photograph; the folder `strips` has all {report.images}.
 
 ![original, sub-images, reconstructions](strips.png)
 

@@ -76,6 +76,7 @@ class LoopConfig:
             raise ValueError(f"precision must be auto, bf16 or fp32, not {self.precision!r}")
 
     def resolved_device(self) -> torch.device:
+        """The device that `device` means here; ValueError for a GPU that is not there."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but PyTorch sees no GPU; use auto or cpu")
         if self.device == "auto":

@@ -51,6 +51,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, W] -> 3 x [B, T, H, D]
+        """Scaled unit queries, unit keys, and values."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
         scale = self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()[:, None]
@@ -62,6 +63,7 @@ class SelfAttention(nn.Module):
         return self.proj(group_causal_attention(q, k, v, self.group_sizes, 1.0).flatten(2))
 
     def decode(self, x: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+        """One group `[B, G, W]` at positions `start`.. of the cache `[B, N, H, D]`, which it is written into."""
         q, k, v = self.project(x)
         end = start + x.shape[1]
         keys[:, start:end], values[:, start:end] = k, v
@@ -90,6 +92,7 @@ class Block(nn.Module):
         return x + keep2 * gate2 * self._mlp(modulated_layer_norm(x, scale2, shift2))
 
     def decode(self, x: Tensor, modulation: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+        """One group `[B, G, W]` with a cache, given the block's modulation `[B, 6, W]`."""
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)
         x = x + gate1 * self.attention.decode(modulated_layer_norm(x, scale1, shift1), keys, values, start)
         return x + gate2 * self._mlp(modulated_layer_norm(x, scale2, shift2))
@@ -136,6 +139,7 @@ class SpectralGenerator(Pretrained[GeneratorConfig], nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.positions.device
 
     def forward(self, classes: Tensor, tokens: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class DirectPixelHead(nn.Module):
         self.smooth = nn.Conv2d(3, 3, 3, padding=1)
 
     def start(self) -> None:
+        """Makes the convolution the identity."""
         nn.init.dirac_(self.smooth.weight)
 
     def forward(self, features: Tensor) -> Tensor:  # [B, G, G, W]

@@ -114,6 +114,7 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.codebook.device
 
     def encode(self, images: Tensor) -> Tensor:

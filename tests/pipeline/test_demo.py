@@ -66,12 +66,17 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_demo_writes_its_report(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     out.mkdir()
-    (out / "old.txt").write_text("of an earlier demo")
+    (out / "old.txt").write_text("no demo wrote this")
+    with pytest.raises(ValueError, match="holds files that no demo wrote"):
+        module.demo(out)
+    assert (out / "old.txt").exists()
+    (out / module.MARKER).touch()
     module.demo(out)
     assert not (out / "old.txt").exists()
     for name in ("embedded.png", "embedded-steps.png", "strips.png", "samples.png", "steps.png", "losses.png"):
         with Image.open(out / name) as picture:
             assert min(picture.size) >= 16, name
+    assert len(list((out / "strips").glob("*.png"))) == 8
     report = (out / "report.md").read_text()
     linked = re.findall(r"\]\((.*?)\)", report)
     assert linked and all((out / name).exists() for name in linked)

@@ -128,6 +128,11 @@ def test_sample_grid(model: SpectralAR, labels: list[str]) -> None:
     assert np.array_equal(shown[1, 2], pixels(model.generate([0], [12])[0]))
 
 
+def test_sample_grid_without_a_class(model: SpectralAR, labels: list[str]) -> None:
+    sample_grid(model, classes=[model.generator.config.classes], columns=1)
+    assert labels == ["no class"]
+
+
 def test_sample_grid_draws_at_most_eight_classes(
     make_generator: Callable[..., Any], tokenizer: SpectralTokenizer, labels: list[str]
 ) -> None:

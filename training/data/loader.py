@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -253,10 +254,16 @@ def _data_loader(
         collate_fn=_as_is,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=persistent and workers > 0,
+        worker_init_fn=_leave_interrupts,
         prefetch_factor=2 if workers > 0 else None,
         # Without a generator of its own, every start of an iteration would draw from torch's global one.
         generator=torch.Generator(),
     )
+
+
+def _leave_interrupts(_: int) -> None:
+    """Ctrl-C reaches a whole terminal group; the training process alone answers it, after its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:
