@@ -71,7 +71,7 @@ class GeneratorRun:
         loop: length, device and what is written when.
         validation: token store of the validation images; empty for no validation.
         tokenizer: saved tokenizer that decodes the pictured samples and gives `token_input="code"` its codes.
-        pictured: classes on the pictures.
+        pictured: classes on the pictures; empty is the first four.
         sampling: how the pictured samples are drawn.
     """
 
@@ -82,7 +82,7 @@ class GeneratorRun:
     loop: LoopConfig = field(default_factory=LoopConfig)
     validation: str = ""
     tokenizer: str = ""
-    pictured: tuple[int, ...] = (0, 1, 2, 3)
+    pictured: tuple[int, ...] = ()
     sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(guidance=3.0, top_k=900, top_p=0.96))
 
 
@@ -201,7 +201,7 @@ def train_generator(run: GeneratorRun, *, resume: bool = False, console: Console
         model,
         validation=validation if held_out is not None else None,
         tokenizer=tokenizer,
-        pictured=run.pictured,
+        pictured=run.pictured or tuple(range(min(4, run.model.classes))),
         settings=run.sampling,
     )
     return Trainer(task, loader, run.optimizer, run.loop, to_dict(run), console=console).run(resume=resume)

@@ -65,7 +65,7 @@ def test_shards_to_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         call("tokenize", *folders, "--crops", crops, "--kind", "random", "--device", "cpu")
     assert TokenStore.open("tokens/train").info.rows == 2 * 18
 
-    stage_two = "--loop.steps 10 --loop.device cpu --loop.log-every 5 --model.depth 2 --batch 9 --pictured 0 2".split()
+    stage_two = "--loop.steps 10 --loop.device cpu --loop.log-every 5 --model.depth 2 --batch 9".split()
     stores = ("--tokens", "tokens/train", "--validation", "tokens/val", "--tokenizer", "one/final")
     call("train", "generator", "--preset", "demo-cpu", *stores, *stage_two, "--loop.out", "two")
 

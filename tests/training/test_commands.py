@@ -181,9 +181,7 @@ def test_train_tokenizer_layers_preset_file_and_options(
 def test_train_generator(saved: Path, photo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tokenize", str(saved), str(photo_shards / "train"), "tokens", "--device", "cpu"]) == 0
     (tmp_path / "generator.yaml").write_text("model: {depth: 1}\nbatch: 4\nsampling: {top_k: 0}\n")
-    options = (
-        "--loop.steps 2 --loop.device cpu --optimizer.warmup 1 --pictured 1 --tokens tokens --loop.out run".split()
-    )
+    options = "--loop.steps 2 --loop.device cpu --optimizer.warmup 1 --tokens tokens --loop.out run".split()
     call = ["--preset", "demo-cpu", "--config", "generator.yaml", "--tokenizer", str(saved), *options]
     capsys.readouterr()
     assert main(["train", "generator", *call]) == 0
