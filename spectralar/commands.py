@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from spectralar.config import to_dict
-from spectralar.pictures import coarse_to_fine, grid, to_image
+from spectralar.devices import auto_device
+from spectralar.pictures import coarse_to_fine, grid, sample_rows, to_image
 from spectralar.pipeline import SpectralAR
 from spectralar.sampling import SamplingSettings
 from spectralar.weights import EMBEDDED
@@ -23,23 +24,6 @@ GOOD_LOOKING = SamplingSettings(guidance=2.0, guidance_schedule="ramp", top_p=0.
 
 EXAMPLES = ("face-tongue", "heart", "food-fruit", "country-flag", "time", "plant-flower", "person-role", "lock")
 """Classes of the embedded model that `sample` draws when none are named."""
-
-
-def auto_device(name: str) -> torch.device:
-    """`auto` is the GPU when PyTorch sees one; any other name is PyTorch's own.
-
-    Raises:
-        ValueError: a GPU is named that is not there, or an unknown name.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu or cuda, not {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but PyTorch sees no GPU; use auto or cpu")
-    return device
 
 
 def spread_classes(model: SpectralAR, count: int = len(EXAMPLES)) -> list[str]:
@@ -78,21 +62,20 @@ def sample(
     console = Console(stderr=True)
     loaded = SpectralAR.from_pretrained(model, device=auto_device(device))
     chosen = loaded.find_classes(classes or (EXAMPLES if model == str(EMBEDDED) else spread_classes(loaded)))
-    pairs = [(c, seed + j) for c in chosen for j in range(columns)]
     began = time.perf_counter()
-    images = loaded.generate([c for c, _ in pairs], [s for _, s in pairs], settings, length=length).cpu()
+    rows = sample_rows(loaded, chosen, columns=columns, seed=seed, settings=settings, length=length)
     seconds = time.perf_counter() - began
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
     grid(rows, row_labels=[loaded.class_label(c) for c in chosen]).save(out)
     steps = out.with_name(f"{out.stem}-steps{out.suffix}")
     coarse_to_fine(loaded, chosen[0], seed=seed, settings=settings).save(steps)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        for (c, s), image in zip(pairs, images, strict=True):
-            to_image(image).save(folder / f"class{c:04d}-seed{s}.png")
+        for c, row in zip(chosen, rows, strict=True):
+            for j, image in enumerate(row):
+                to_image(image).save(folder / f"class{c:04d}-seed{seed + j}.png")
     console.print(
-        f"{len(images)} pictures in {seconds:.1f} s on {loaded.generator.device}: {escape(f'{out}, {steps}')}"
+        f"{len(chosen) * columns} pictures in {seconds:.1f} s on {loaded.generator.device}: {escape(f'{out}, {steps}')}"
     )
 
 

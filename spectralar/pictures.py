@@ -90,6 +90,31 @@ def prefix_strip(tokenizer: SpectralTokenizer, images: Tensor, lengths: Sequence
     return grid(rows, row_labels=labels, column_labels=["original", *(f"n = {n}" for n in lengths)])
 
 
+def sample_rows(
+    model: SpectralAR,
+    classes: Sequence[int],
+    *,
+    columns: int,
+    seed: int = 0,
+    settings: SamplingSettings | None = None,
+    length: int | None = None,
+) -> list[list[Tensor]]:
+    """New pictures `[3, S, S]` uint8 in CPU memory, one row per class; the picture in column j has seed `seed` + j.
+
+    Args:
+        model: what to sample from.
+        classes: class numbers.
+        columns: pictures per class.
+        seed: seed of the first column.
+        settings: see `SamplingSettings`.
+        length: draw only the first so many tokens; None draws all.
+    """
+    seeds = range(seed, seed + columns)
+    pairs = [(c, s) for c in classes for s in seeds]
+    images = model.generate([c for c, _ in pairs], [s for _, s in pairs], settings, length=length).cpu()
+    return [list(row) for row in images.split(columns)]
+
+
 def sample_grid(
     model: SpectralAR,
     *,
@@ -108,9 +133,7 @@ def sample_grid(
         settings: see `SamplingSettings`.
     """
     chosen = list(classes) if classes is not None else list(range(min(8, model.generator.config.classes)))
-    pairs = [(c, seed + j) for c in chosen for j in range(columns)]
-    images = model.generate([c for c, _ in pairs], [s for _, s in pairs], settings)
-    rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
+    rows = sample_rows(model, chosen, columns=columns, seed=seed, settings=settings)
     return grid(rows, row_labels=[model.class_label(c) for c in chosen])
 
 

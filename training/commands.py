@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from spectralar.commands import auto_device
 from spectralar.config import load_yaml
+from spectralar.devices import auto_device
 from spectralar.images import psnr, to_float
 from spectralar.pictures import prefix_strip
 from spectralar.tokenizer import SpectralTokenizer

@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from spectralar.devices import auto_device
 from spectralar.training.capture import CapturedStep, Step
 from spectralar.training.checkpoint import (
     Checkpoint,
@@ -77,11 +78,7 @@ class LoopConfig:
 
     def resolved_device(self) -> torch.device:
         """The device that `device` means here; ValueError for a GPU that is not there."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but PyTorch sees no GPU; use auto or cpu")
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        return auto_device(self.device)
 
 
 class Loader(Protocol):

@@ -13,7 +13,7 @@ from PIL import Image
 import spectralar
 from spectralar import commands
 from spectralar.cli import COMMANDS, main
-from spectralar.commands import auto_device
+from spectralar.devices import auto_device
 from spectralar.pipeline import SpectralAR
 
 
