@@ -57,9 +57,8 @@ class TokenizerTask:
         """Scalars of one batch `(images [B, 3, S, S], labels)`: loss, pixel, codebook, commitment, codes in use."""
         images, config = batch[0], self.model.config
         lengths = torch.randint(1, config.tokens + 1, (len(images),), device=images.device)
-        target = self.model.targets(images, lengths)
         out = self.model(images, lengths)
-        pixel = (out.images - target).square().mean()
+        pixel = self.model.pixel_loss(out.images, images, lengths)
         quantizer = out.codebook_loss + out.commitment_loss
         return {
             "loss": self.weights.pixel * pixel + self.weights.quantizer * quantizer,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=64)
-def _cached_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def cached_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # An inference tensor could not be saved for a later backward pass, and this one outlives the first caller.
     with torch.inference_mode(False):
         index = torch.arange(n, dtype=torch.int64, device="cpu")
@@ -28,7 +28,7 @@ def _cached_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def dct_matrix(n: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
     place = torch.get_default_device() if device is None else torch.device(device)
-    return _cached_matrix(n, dtype, place).clone()
+    return cached_matrix(n, dtype, place).clone()
 
 
 def dct2(images: Tensor) -> Tensor:
@@ -60,6 +60,22 @@ def spectral_targets(
         return torch.where(whole, pixels, filtered).to(out_dtype or _output_dtype(images))
 
 
+def spectral_mse(prediction: Tensor, images: Tensor, cutoffs: int | Sequence[int] | Tensor) -> Tensor:
+    # [B, C, H, W] twice -> []
+    loss, _ = spectral_mse_and_gradient(prediction, images, cutoffs)
+    return loss
+
+
+def spectral_mse_and_gradient(
+    prediction: Tensor, images: Tensor, cutoffs: int | Sequence[int] | Tensor
+) -> tuple[Tensor, Tensor]:
+    # [B, C, H, W] twice -> [], [B, C, H, W]; the mean over nothing is zero
+    dtype = work_dtype(prediction, images)
+    difference = prediction.to(dtype) - spectral_targets(images, cutoffs, out_dtype=dtype)
+    count = max(1, difference.numel())
+    return difference.square().sum() / count, (difference * (2 / count)).to(prediction.dtype)
+
+
 def spectral_pyramid(images: Tensor, cutoffs: Sequence[int]) -> Tensor:
     # [B, C, H, W] -> [B, N, C, H, W]
     height, width = images.shape[-2:]
@@ -78,6 +94,11 @@ def _full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(device_type=x.device.type, enabled=False)
 
 
+def work_dtype(*inputs: Tensor) -> torch.dtype:
+    """fp64 where an input is fp64, else fp32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
 def _upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -92,7 +113,7 @@ def _output_dtype(images: Tensor) -> torch.dtype:
 
 def _matrices(x: Tensor) -> tuple[Tensor, Tensor]:
     height, width = x.shape[-2:]
-    return _cached_matrix(height, x.dtype, x.device), _cached_matrix(width, x.dtype, x.device)
+    return cached_matrix(height, x.dtype, x.device), cached_matrix(width, x.dtype, x.device)
 
 
 def _forward(pixels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spectralar.config import TokenizerConfig
 from spectralar.images import to_float
 from spectralar.kernels import vq
-from spectralar.kernels.dct import spectral_targets
+from spectralar.kernels.dct import spectral_mse, spectral_targets
 from spectralar.tokenizer.heads import build_pixel_head
 from spectralar.tokenizer.vit import SpectralViT, initialize
 from spectralar.weights.pretrained import Pretrained
@@ -193,6 +193,25 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
         if self.config.supervision == "full":
             return images
         return spectral_targets(images, self.cutoffs[lengths.to(self.device) - 1])
+
+    def pixel_loss(self, rebuilt: Tensor, images: Tensor, lengths: Tensor) -> Tensor:
+        """`mean((rebuilt - targets(images, lengths))^2)`; on a GPU the targets are never written to memory.
+
+        Args:
+            rebuilt: `[B, 3, S, S]` floating, what `forward` gave.
+            images: `[B, 3, S, S]` uint8 or floating in [0, 1].
+            lengths: `[B]` integers in 1..N.
+
+        Returns:
+            Scalar float32, differentiable in `rebuilt`.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        if self.config.supervision == "full":
+            return (rebuilt - self.targets(images, lengths)).square().mean()
+        self._check_lengths(lengths, len(images), self.config.tokens, wait=False)
+        return spectral_mse(rebuilt, images.to(self.device), self.cutoffs[lengths.to(self.device) - 1])
 
     def forward(self, images: Tensor, lengths: Tensor) -> TokenizerOutput:
         """One pass of Algorithm 1: encode all, quantize all with straight-through gradients, decode the prefixes.

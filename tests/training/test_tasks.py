@@ -55,13 +55,13 @@ def test_tokenizer_loss_compares_each_prefix_with_its_sub_image(
 
 def test_every_prefix_length_is_drawn(tokenizer: SpectralTokenizer, images: torch.Tensor) -> None:
     seen: list[torch.Tensor] = []
-    targets = tokenizer.targets
+    pixel_loss = tokenizer.pixel_loss
 
-    def remember(images: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def remember(rebuilt: torch.Tensor, images: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         seen.append(lengths)
-        return targets(images, lengths)
+        return pixel_loss(rebuilt, images, lengths)
 
-    tokenizer.targets = remember  # type: ignore[method-assign]
+    tokenizer.pixel_loss = remember  # type: ignore[method-assign]
     task = TokenizerTask(tokenizer, TokenizerLossConfig())
     for _ in range(25):
         task.loss((images, torch.zeros(8)))

@@ -1,0 +1,117 @@
+"""The cosine transform and sub-images as PyTorch operators: Triton kernels on a GPU, the reference elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import config, kernel, reference
+
+
+def runs_kernels(images: Tensor, exact: bool) -> bool:
+    """Whether the Triton kernels take these images: on a GPU, of at most 32 bits and 256 pixels a side, not `exact`."""
+    return images.is_cuda and not exact and images.dtype != torch.float64 and max(images.shape[-2:]) <= config.LARGEST
+
+
+@contextmanager
+def _full_fp32() -> Iterator[None]:
+    # Whatever the process allows its other matrix products: TF32 would leave ten bits of a coefficient.
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+@torch.library.custom_op("spectralar::sub_images", mutates_args=())
+def sub_images(images: Tensor, cutoffs: Tensor, out_dtype: torch.dtype, exact: bool) -> Tensor:
+    if runs_kernels(images, exact):
+        with torch.cuda.device_of(images):
+            return kernel.sub_images(images.contiguous(), cutoffs, out_dtype)
+    with _full_fp32():
+        return reference.spectral_targets(images, cutoffs, out_dtype=out_dtype).contiguous()
+
+
+@sub_images.register_fake
+def _(images: Tensor, cutoffs: Tensor, out_dtype: torch.dtype, exact: bool) -> Tensor:
+    return torch.empty(images.shape, dtype=out_dtype, device=images.device)
+
+
+def _save_sub_images(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, cutoffs, _, _ = inputs
+    ctx.save_for_backward(cutoffs)
+    ctx.dtype = images.dtype
+
+
+def _sub_images_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    # A projection is its own adjoint. Gradients may be far smaller than pixels, so they never go through fp16.
+    (cutoffs,) = ctx.saved_tensors
+    return sub_images(gradient, cutoffs, ctx.dtype, True), None, None, None
+
+
+sub_images.register_autograd(_sub_images_backward, setup_context=_save_sub_images)
+
+
+@torch.library.custom_op("spectralar::spectral_mse", mutates_args=())
+def spectral_mse(prediction: Tensor, images: Tensor, cutoffs: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient with respect to `prediction`."""
+    if runs_kernels(images, exact) and prediction.dtype != torch.float64:
+        with torch.cuda.device_of(images):
+            return kernel.compare(prediction.contiguous(), images.contiguous(), cutoffs)
+    with _full_fp32():
+        return reference.spectral_mse_and_gradient(prediction, images, cutoffs)
+
+
+@spectral_mse.register_fake
+def _(prediction: Tensor, images: Tensor, cutoffs: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    loss = torch.empty((), dtype=reference.work_dtype(prediction, images), device=images.device)
+    return loss, torch.empty(prediction.shape, dtype=prediction.dtype, device=images.device)
+
+
+def _save_spectral_mse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, images, cutoffs, _ = inputs
+    _, gradient = output
+    ctx.mark_non_differentiable(gradient)
+    ctx.save_for_backward(cutoffs, gradient)
+    ctx.dtype = images.dtype
+
+
+def _spectral_mse_backward(ctx: Any, loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    cutoffs, saved = ctx.saved_tensors
+    gradient = (saved * loss).to(saved.dtype)
+    to_images = None
+    if ctx.needs_input_grad[1]:
+        to_images = sub_images(-gradient, cutoffs, ctx.dtype, True)
+    return gradient, to_images, None, None
+
+
+spectral_mse.register_autograd(_spectral_mse_backward, setup_context=_save_spectral_mse)
+
+
+@torch.library.custom_op("spectralar::dct2", mutates_args=())
+def transform(x: Tensor, inverse: bool) -> Tensor:
+    with _full_fp32():
+        return (reference.idct2(x) if inverse else reference.dct2(x)).contiguous()
+
+
+@transform.register_fake
+def _(x: Tensor, inverse: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _save_transform(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.inverse = inputs[1]
+
+
+def _transform_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    # The matrices are orthonormal: the adjoint is the inverse.
+    return transform(gradient, not ctx.inverse), None
+
+
+transform.register_autograd(_transform_backward, setup_context=_save_transform)
