@@ -82,6 +82,8 @@ class TokenizerConfig:
         mask: spectral causal mask: `figure` as drawn in Figure 3, `strict` one-way between image and spectral tokens,
             `none` fully bidirectional (Table 4).
         supervision: target of a prefix: its sub-image I'_n (`spectral`) or always the image (`full`, Table 4).
+        dead_codes: `restart` draws codes that training has hardly used for a while towards latents of the batch
+            (clustering VQ); `keep` leaves them.
         mapping: tokens to cutoffs: equation 9 and its rescaling (`nonuniform`) or equal bands (`uniform`, Table 4).
         custom_cutoffs: a hand-made schedule, strictly increasing to `image_size`, in place of `mapping`.
         pixel_head: how decoder features become pixels. `direct` is a linear map per patch and a 3x3 convolution.
@@ -97,6 +99,7 @@ class TokenizerConfig:
     normalize_codes: bool = True
     commitment: float = 0.25
     latent_norm: Literal["none", "batch"] = "none"
+    dead_codes: Literal["keep", "restart"] = "keep"
     mask: Mask = "figure"
     supervision: Supervision = "spectral"
     mapping: FrequencyMapping = "nonuniform"

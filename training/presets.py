@@ -40,15 +40,22 @@ TOKENIZER_RUNS: dict[str, TokenizerRun] = {
         optimizer=OptimizerConfig(lr=6e-4, warmup=500),
         loop=LoopConfig(out="runs/emoji/tokenizer", steps=12_000, validate_every=2_000, picture_every=0),
     ),
-    # A few hundred 256-px photographs, minutes on one GPU.
+    # A few hundred 256-px photographs, minutes on one GPU: 32-px patches, so that as many tokens see the picture as
+    # describe it.
     "photos": TokenizerRun(
-        model=TokenizerConfig(encoder=VIT_SIZES["small"], decoder=VIT_SIZES["small"], latent_norm="batch"),
+        model=TokenizerConfig(
+            patch_size=32,
+            codebook_size=2048,
+            encoder=ViTConfig(256, 3, 4),
+            decoder=VIT_SIZES["small"],
+            latent_norm="batch",
+        ),
         data=LoaderConfig(
-            path="", batch=64, crop=Crop(256, "random-resized", scale=(0.25, 1.0)), workers=14, cache=True
+            path="", batch=128, crop=Crop(256, "random-resized", scale=(0.25, 1.0)), workers=14, cache=True
         ),
         loss=TokenizerLossConfig(pixel=15.0),
-        optimizer=OptimizerConfig(lr=3e-4, warmup=200),
-        loop=LoopConfig(out="runs/photos/tokenizer", steps=1_800, validate_every=600, picture_every=0),
+        optimizer=OptimizerConfig(lr=5e-4, warmup=300),
+        loop=LoopConfig(out="runs/photos/tokenizer", steps=2_500, validate_every=500, picture_every=0),
     ),
     # The demo on a laptop's processor, and on a GPU.
     "demo-cpu": TokenizerRun(

@@ -206,7 +206,7 @@ def _cutoffs(cutoffs: int | Sequence[int] | Tensor, images: Tensor) -> Tensor:
                 _check_range(cutoffs.tolist(), largest)
         elif cutoffs.device != images.device:
             raise ValueError(f"cutoffs must be on the images' device {images.device}, got {cutoffs.device}")
-        return cutoffs.long().clamp(1, largest).to(images.device)
+        return cutoffs.to(images.device)
     if isinstance(cutoffs, Sequence):
         values = _integers("cutoffs", cutoffs)
         if len(values) != batch:

@@ -35,7 +35,7 @@ def sub_images(images: Tensor, cutoffs: Tensor, out_dtype: torch.dtype, exact: b
         with torch.cuda.device_of(images):
             return kernel.sub_images(images.contiguous(), cutoffs, out_dtype)
     with _full_fp32():
-        return reference.spectral_targets(images, cutoffs, out_dtype=out_dtype).contiguous()
+        return reference.spectral_targets(images, cutoffs.clamp_min(1), out_dtype=out_dtype).contiguous()
 
 
 @sub_images.register_fake
@@ -65,7 +65,7 @@ def spectral_mse(prediction: Tensor, images: Tensor, cutoffs: Tensor, exact: boo
         with torch.cuda.device_of(images):
             return kernel.compare(prediction.contiguous(), images.contiguous(), cutoffs)
     with _full_fp32():
-        return reference.spectral_mse_and_gradient(prediction, images, cutoffs)
+        return reference.spectral_mse_and_gradient(prediction, images, cutoffs.clamp_min(1))
 
 
 @spectral_mse.register_fake

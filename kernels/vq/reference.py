@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _SCORE_BYTES = 64 * 2**20
+_LEAST_LENGTH = 1e-12
 
 
 class VectorQuantized(NamedTuple):
@@ -78,6 +79,58 @@ def vector_quantize(
     return VectorQuantized(quantized, indices, commitment_loss, codebook_loss)
 
 
+def assign_codes(z: Tensor, codebook: Tensor, *, normalize: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    # [..., D], [K, D] -> indices [...], quantized [..., D], squared distances [...]
+    result = vector_quantize(z, codebook, normalize=normalize)
+    vectors = z.to(result.quantized.dtype)
+    if normalize:
+        vectors = F.normalize(vectors, dim=-1)
+    return result.indices, result.quantized, (result.quantized - vectors).square().sum(-1)
+
+
+def vectors_backward(
+    grad_quantized: Tensor | None,
+    weight: Tensor | None,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    token_mask: Tensor | None,
+    normalize: bool,
+) -> Tensor:
+    """The gradient into `z`: straight through, plus `weight * (vector - codeword)` where the mask is true."""
+    dtype = torch.promote_types(_work_dtype(z), _work_dtype(codebook))
+    vectors = F.normalize(z.to(dtype), dim=-1) if normalize else z.to(dtype)
+    grad = torch.zeros_like(vectors) if grad_quantized is None else grad_quantized.to(dtype, copy=True)
+    if weight is not None:
+        pull = weight.to(dtype) * (vectors - lookup(indices, codebook.to(dtype), normalize=normalize))
+        grad = grad + (pull if token_mask is None else torch.where(token_mask.unsqueeze(-1), pull, 0.0))
+    return (_through_length(grad, z.to(dtype)) if normalize else grad).to(z.dtype)
+
+
+def codebook_backward(
+    rows: Tensor,
+    weight: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    token_mask: Tensor | None,
+    normalize: bool,
+    pull: bool,
+) -> Tensor:
+    """The gradient into `codebook`: `weight` times each code's sum of rows, or with `pull` of (codeword - vector)."""
+    dtype = torch.promote_types(_work_dtype(rows), _work_dtype(codebook))
+    codewords = codebook.to(dtype)
+    rows = rows.to(dtype)
+    if pull:
+        vectors = F.normalize(rows, dim=-1) if normalize else rows
+        rows = lookup(indices, codewords, normalize=normalize) - vectors
+    if token_mask is not None:
+        rows = torch.where(token_mask.unsqueeze(-1), rows, 0.0)
+    rows = rows.reshape(-1, rows.shape[-1])
+    total = torch.zeros_like(codewords).index_put((indices.reshape(-1).long(),), rows, accumulate=True)
+    grad = weight.to(dtype) * total
+    return (_through_length(grad, codewords) if normalize else grad).to(codebook.dtype)
+
+
 def code_usage(indices: Tensor, codebook_size: int) -> Tensor:
     # [...] -> [K]; unlike bincount, a scatter needs no look at the values, so it does not stall a device.
     flat = indices.reshape(-1).long()
@@ -92,6 +145,30 @@ def perplexity(usage: Tensor) -> Tensor:
     share = counts / total.clamp_min(torch.finfo(torch.float64).tiny)
     entropy = -torch.xlogy(share, share).sum()
     return torch.where(total > 0, entropy.exp(), 0.0).float()
+
+
+@torch.no_grad()
+def update_usage(average: Tensor, usage: Tensor, *, decay: float = 0.99) -> Tensor:
+    # [K], [K] -> [K]
+    counts = usage.to(average.dtype)
+    total = counts.sum()
+    moved = decay * average + (1 - decay) * counts / total.clamp_min(1)
+    return torch.where(total > 0, moved, average)
+
+
+def restart_dead_codes(codebook: Tensor, average: Tensor, anchors: Tensor, *, decay: float = 0.99) -> Tensor:
+    # [K, D], [K], [K, D] the vectors nearest to the codewords -> [K, D]
+    share = torch.exp(-(average.double() * len(codebook) * 10 / (1 - decay)) - 1e-3).unsqueeze(-1)
+    return torch.lerp(codebook.double(), anchors.double(), share).to(codebook.dtype)
+
+
+def _through_length(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient before `x / max(|x|, 1e-12)`: the part tangent to the sphere, or all of it where 1e-12 divides."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    divisor = length.clamp_min(_LEAST_LENGTH)
+    unit = x / divisor
+    along = torch.where(length > _LEAST_LENGTH, (unit * grad).sum(-1, keepdim=True), 0.0)
+    return (grad - unit * along) / divisor
 
 
 def _work_dtype(x: Tensor) -> torch.dtype:

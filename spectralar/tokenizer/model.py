@@ -98,6 +98,7 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
 
     config_class = TokenizerConfig
     cutoffs: Tensor
+    usage: Tensor
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -111,6 +112,9 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
         self.codebook = nn.Parameter(
             nn.functional.normalize(torch.randn(config.codebook_size, config.code_dim), dim=-1)
         )
+        if config.dead_codes == "restart":
+            # No code counts as dead in the beginning.
+            self.register_buffer("usage", torch.full((config.codebook_size,), 1 / config.codebook_size))
 
     @property
     def device(self) -> torch.device:
@@ -227,9 +231,14 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
         images = to_float(images, size=self.config.image_size, check_range=False)
         self._check_lengths(lengths, len(images), self.config.tokens, wait=False)
         latents = self.encoder(images)
-        quantized = vq.vector_quantize(
-            latents, self.codebook, normalize=self.config.normalize_codes, commitment=self.config.commitment
-        )
+        restart = self.training and self.config.dead_codes == "restart"
+        normalize = self.config.normalize_codes
+        if restart:
+            with torch.no_grad():
+                self.codebook.copy_(vq.restart_dead_codes(self.codebook, self.usage, latents, normalize=normalize))
+        quantized = vq.vector_quantize(latents, self.codebook, normalize=normalize, commitment=self.config.commitment)
+        if restart:
+            self.usage.copy_(vq.update_usage(self.usage, vq.code_usage(quantized.indices, self.config.codebook_size)))
         rebuilt = self.decoder(quantized.quantized, lengths)
         return TokenizerOutput(rebuilt, quantized.indices, quantized.commitment_loss, quantized.codebook_loss)
 

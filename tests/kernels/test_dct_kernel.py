@@ -168,13 +168,14 @@ def test_captured_in_a_graph_and_strided() -> None:
 
     def step() -> tuple[Tensor, Tensor, Tensor]:
         loss = spectral_mse(prediction, images, w)
-        return spectral_targets(images, w), loss, torch.autograd.grad(loss, prediction)[0]
+        # A loss that is kept would keep the stream of this call in the leaf's node, where a capture may not follow.
+        return spectral_targets(images, w), loss.detach(), torch.autograd.grad(loss, prediction)[0]
 
-    plain = step()
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step()
+        plain = step()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         captured = step()

@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectralar.kernels.vq import VectorQuantized, code_usage, lookup, nearest_code, perplexity, vector_quantize
+from spectralar.kernels.vq import (
+    VectorQuantized,
+    assign_codes,
+    code_usage,
+    lookup,
+    nearest_code,
+    perplexity,
+    restart_dead_codes,
+    update_usage,
+    vector_quantize,
+)
 from spectralar.kernels.vq import reference as vq_reference
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -276,7 +286,75 @@ def test_perplexity() -> None:
     assert perplexity(torch.ones(3)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_assignment(normalize: bool) -> None:
+    z, codebook = pair((6, 7, 5), 30)
+    found = assign_codes(z, codebook, normalize=normalize)
+    assert torch.equal(found.indices, nearest_code(z, codebook, normalize=normalize))
+    assert torch.equal(found.quantized, lookup(found.indices, codebook, normalize=normalize))
+    expected = distances(z, codebook, normalize).min(-1).values
+    assert (found.squared_distances - expected).abs().max() <= 8 * EPS32 * expected.max()
+    assert torch.equal(found.usage, code_usage(found.indices, 30))
+    leaf = z.clone().requires_grad_()
+    assert not any(t.requires_grad for t in assign_codes(leaf, codebook))
+    empty = assign_codes(z[:0], codebook)
+    assert empty.quantized.shape == (0, 7, 5) and empty.usage.sum() == 0
+
+
+def test_usage_average() -> None:
+    average = torch.tensor([0.5, 0.25, 0.25, 0.0])
+    moved = update_usage(average, torch.tensor([0, 3, 1, 0]), decay=0.75)
+    assert (moved - torch.tensor([0.375, 0.375, 0.25, 0.0])).abs().max() <= EPS32
+    assert torch.equal(update_usage(average, torch.zeros(4, dtype=torch.int64)), average)
+    # Shares stay shares, and tend to those of the batches.
+    for _ in range(2000):
+        moved = update_usage(moved, torch.tensor([0, 0, 3, 1]))
+    assert (moved - torch.tensor([0.0, 0.0, 0.75, 0.25])).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_dead_codes_restart(normalize: bool) -> None:
+    z, codebook = pair((4, 10, 5), 8)
+    average = torch.full((8,), 1 / 8)
+    average[2] = 0
+    moved = restart_dead_codes(codebook, average, z, normalize=normalize)
+    # alpha of a dead code, its nearest vector found by the plain definition: with its own length.
+    vectors = z.flatten(0, 1)
+    nearest = vectors[distances(codebook, vectors, normalize)[2].argmin()]
+    alpha = math.exp(-1e-3)
+    assert (moved[2] - ((1 - alpha) * codebook[2] + alpha * nearest)).abs().max() <= 4 * EPS32
+    others = [k for k in range(8) if k != 2]
+    assert torch.equal(moved[others], codebook[others])
+    # A hundredth of the fair share holds a code nearly still.
+    alpha = math.exp(-10 * 0.01 / 0.01 - 1e-3)
+    little = restart_dead_codes(codebook, average / 100, z, normalize=normalize)
+    nearest_of_all = vectors[distances(codebook, vectors, normalize).argmin(-1)]
+    expected = torch.lerp(codebook, nearest_of_all, alpha)
+    assert (little - expected)[others].abs().max() <= 4 * EPS32 * 5
+    assert torch.equal(restart_dead_codes(codebook, average, z[:0]), codebook)
+    leaf = codebook.clone().requires_grad_()
+    assert not restart_dead_codes(leaf, average, z).requires_grad
+
+
+@pytest.mark.parametrize(("restart", "used"), [(False, 1), (True, 8)])
+def test_training_uses_dead_codes_only_with_restarts(restart: bool, used: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.rand(256, 3, generator=generator)
+    codebook = torch.cat([torch.ones(1, 3), -torch.rand(7, 3, generator=generator)])
+    average = torch.full((8,), 1 / 8)
+    for _ in range(600):
+        leaf = codebook.requires_grad_()
+        result = vector_quantize(z, leaf)
+        [gradient] = torch.autograd.grad(result.codebook_loss, leaf)
+        codebook = codebook.detach() - 5 * gradient
+        if restart:
+            average = update_usage(average, code_usage(result.indices, 8))
+            codebook = restart_dead_codes(codebook, average, z)
+    assert (code_usage(nearest_code(z, codebook), 8) > 0).sum() == used
+
+
 Z, C = torch.rand(2, 3, 4), torch.rand(5, 4)
+U = torch.rand(5)
 MASK = torch.ones(2, 3, dtype=torch.bool)
 ERRORS: list[tuple[Any, type[Exception], str]] = [
     (lambda: nearest_code(Z.int(), C), TypeError, "z must be a floating tensor, got torch.int32"),
@@ -308,6 +386,18 @@ ERRORS: list[tuple[Any, type[Exception], str]] = [
     (lambda: code_usage(torch.tensor([1]), 0), ValueError, "codebook_size must be at least 1, got 0"),
     (lambda: code_usage(torch.tensor([3]), 3), ValueError, r"indices must lie in \[0, 3\), got 3"),
     (lambda: code_usage(torch.tensor([0.5]), 3), TypeError, "indices must be an integer tensor"),
+    (lambda: assign_codes(Z, C[:, :3]), ValueError, "z must have shape"),
+    (lambda: assign_codes(Z, C.int()), TypeError, "codebook must be a floating tensor"),
+    (lambda: update_usage(U.int(), U), TypeError, "average must be a floating tensor"),
+    (lambda: update_usage(C, C), ValueError, r"average must have shape \[K\], got \[5, 4\]"),
+    (lambda: update_usage(U, U[:4]), ValueError, r"usage must have shape \[5\] as average, got \[4\]"),
+    (lambda: update_usage(U, U * 1j), TypeError, "usage must be a real tensor, got torch.complex64"),
+    (lambda: update_usage(U, U.to("meta")), ValueError, "usage must be on average's device cpu, got meta"),
+    (lambda: update_usage(U, U, decay=1.0), ValueError, "decay must be at least 0 and less than 1, got 1.0"),
+    (lambda: restart_dead_codes(C, U[:4], Z), ValueError, r"average must have shape \[5\] as the codebook, got \[4\]"),
+    (lambda: restart_dead_codes(C, U, Z[..., :3]), ValueError, "z must have shape"),
+    (lambda: restart_dead_codes(C, U.to("meta"), Z), ValueError, "average must be on the codebook's device cpu"),
+    (lambda: restart_dead_codes(C, U, Z, decay=math.nan), ValueError, "decay must be at least 0"),
     (lambda: perplexity(torch.ones(2, 2)), ValueError, r"usage must have shape \[K\], got \[2, 2\]"),
     (lambda: perplexity([1, 2]), TypeError, "usage must be a real tensor, got .*list"),  # type: ignore[arg-type]
     (lambda: perplexity(torch.ones(2) * 1j), TypeError, "usage must be a real tensor, got torch.complex64"),

@@ -249,6 +249,39 @@ def test_latents_are_standardised_over_the_batch_in_training_only(make_tokenizer
     assert torch.equal(torch.cat([model.encode(photos[i : i + 1]) for i in range(3)]), together)
 
 
+def test_dead_codes_are_drawn_to_latents_in_training_only(make_tokenizer: Make, photos: Tensor) -> None:
+    """All codes but one point away from every latent: left alone they stay dead, restarted they come to life."""
+
+    def trained(dead_codes: str) -> SpectralTokenizer:
+        model = make_tokenizer(dead_codes=dead_codes)
+        assert ("usage" in model.state_dict()) == (dead_codes == "restart")
+        with torch.no_grad():
+            mean = model.encoder(photos).mean((0, 1))
+            model.codebook[:] = -mean + 0.01 * torch.randn(model.codebook.shape)
+            model.codebook[7] = mean
+        before = model.codebook.detach().clone()
+        if dead_codes == "restart":
+            model.usage.copy_(torch.arange(32) == 7)  # what a long time of this leads to
+        model(photos, torch.full((len(photos),), 8))
+        assert torch.equal(model.codebook, before)
+        model.train()(photos, torch.full((len(photos),), 8))
+        assert torch.equal(model.codebook[7], before[7])
+        assert torch.equal(model.codebook, before) == (dead_codes == "keep")
+        return model.eval()
+
+    used = {choice: len(trained(choice).encode(photos).unique()) for choice in ("keep", "restart")}
+    assert used["keep"] == 1 < used["restart"]
+
+
+def test_the_loss_of_pixels_is_that_of_the_targets(make_tokenizer: Make, photos: Tensor) -> None:
+    lengths = torch.tensor([1, 4, 8, 2][: len(photos)])
+    rebuilt = torch.rand_like(photos.float())
+    for supervision in ("spectral", "full"):
+        model = make_tokenizer(supervision=supervision)
+        plain = (rebuilt - model.targets(photos[: len(lengths)], lengths)).square().mean()
+        assert model.pixel_loss(rebuilt, photos, lengths).item() == pytest.approx(plain.item(), rel=1e-5)
+
+
 def test_pixels_reach_the_encoder_straight_through(make_tokenizer: Make, photos: Tensor) -> None:
     """Without the quantizer's losses: the encoder learns from the pixels, the codebook does not."""
     model = make_tokenizer()

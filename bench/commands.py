@@ -1,0 +1,119 @@
+"""The command `spectralar bench kernels`."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from spectralar.bench import kernels_dct, kernels_vq
+from spectralar.bench.cases import Case, Measurement, measure, select
+from spectralar.bench.ceilings import measure_ceilings
+from spectralar.bench.plots import SWEEPS, draw, measure_sweep
+from spectralar.bench.record import RESULTS, append, line_of, provenance
+from spectralar.bench.report import print_ceilings, print_measurement
+from spectralar.devices import auto_device
+
+CASES: tuple[Case, ...] = (*kernels_dct.CASES, *kernels_vq.CASES)
+
+
+class WrongResultError(RuntimeError):
+    """A kernel's result was outside of its error budget."""
+
+
+def bench_kernels_command(
+    cases: tuple[str, ...] = (),
+    quick: bool = False,
+    seconds: float = 90,
+    out: Path | None = None,
+    plot: Path | None = None,
+    device: str = "auto",
+    commit: str = "",
+) -> None:
+    """Time the kernels against the ceilings of this device and against their peers.
+
+    Every result is compared with the fp64 reference before it is timed; a wrong one gets no time and no ratio, and
+    the exit status is 1. The last line of the output is one JSON object. On a CPU the sizes are small and the figures
+    are no measure of any target.
+
+    Args:
+        cases: parts of names or targets, such as P1 or nearest_code; all cases unless given.
+        quick: only the cases of the targets, without peers that need torch.compile.
+        seconds: about how long the whole may take; the cases of the targets come first, and what does not fit is
+            left out and named.
+        out: file to append the results to; on a GPU bench/results/kernels.jsonl of the checkout unless given.
+        plot: also measure the sweeps over batch, cutoff and codebook size, and draw them into this file.
+        device: auto, cpu or cuda.
+        commit: recorded with the results where git can't be asked.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive, got {seconds}")
+    started = time.monotonic()
+    place = auto_device(device)
+    on_gpu = place.type == "cuda"
+    chosen = sorted(select(CASES, cases), key=lambda case: case.target is None)
+    if quick:
+        chosen = [case for case in chosen if case.target]
+    if not on_gpu:
+        chosen = [case.small() for case in chosen]
+    console = Console()
+    # The columns need this much; a narrower terminal breaks the lines itself.
+    console.width = max(console.width, 150)
+    origin = provenance(place, commit)
+    # Most of the time goes into inputs, compilation and warm-up; a third of it is left for the rounds themselves.
+    share = seconds / 3 / max(1, len(chosen))
+    ceilings = measure_ceilings(place, min(2.0, seconds / 10))
+    print_ceilings(ceilings, origin, place, console)
+    done: list[Measurement] = []
+    left_out: list[str] = []
+    for case in chosen:
+        if time.monotonic() - started > seconds:
+            left_out.append(case.name)
+            continue
+        done.append(measure(case, place, ceilings, share, compiled=on_gpu and case.target is not None and not quick))
+        print_measurement(done[-1], console)
+        _release(place)
+    if left_out:
+        console.print(f"left out after {seconds:g} s: {'; '.join(left_out)}", highlight=False, soft_wrap=True)
+    swept: list[Measurement] = []
+    if plot is not None:
+        panels = [(sweep, measure_sweep(sweep, place, ceilings, share)) for sweep in SWEEPS]
+        swept = [m for _, points in panels for m in points]
+        draw(panels, origin, plot)
+    path = out or (RESULTS / "kernels.jsonl" if on_gpu and RESULTS.is_dir() else None)
+    if path is not None:
+        append([line_of(m, origin) for m in (*done, *swept)], path)
+    wrong = [m.case.name for m in (*done, *swept) if not m.right]
+    print(json.dumps(_summary(done, left_out, wrong) | {"out": path and str(path), "plot": plot and str(plot)}))
+    if wrong:
+        raise WrongResultError(f"wrong results: {'; '.join(wrong)}")
+
+
+def _summary(done: list[Measurement], left_out: list[str], wrong: list[str]) -> dict[str, Any]:
+    targets: dict[str, bool] = {}
+    for m in done:
+        if m.case.target and m.met is not None:
+            # A target with several cases is met when all of them are.
+            targets[m.case.target] = targets.get(m.case.target, True) and m.met
+    return {
+        "bench": "kernels",
+        "cases": len(done),
+        "wrong": wrong,
+        "left_out": left_out,
+        "met": targets,
+        "median_ms": {m.case.name: round(1e3 * m.ours.median, 5) for m in done if m.ours},
+    }
+
+
+def _release(device: torch.device) -> None:
+    # Captured graphs hold their memory, and the next case may need all of it. A compiler that has seen one function
+    # with too many shapes gives up on it without a word.
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,82 @@
+"""Launch tables of the vector quantiser's kernels; `launch.py` reads them, nothing is tuned at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The widest vectors that the kernels take: two fp16 copies of a tile of this width fill an A100's shared memory.
+MAX_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """One launch of the search over all codes.
+
+    Attributes:
+        rows: vectors of a program; every codeword that it reads is used so many times.
+        codes: codes of a tile, a multiple of four groups.
+        group: neighbouring codes under one maximum, scored again in fp64 if the maximum is the largest.
+        warps: warps of a program; rows x codes / (32 warps) scores lie in a thread's registers.
+        stages: depth of the pipeline that brings code tiles to shared memory.
+    """
+
+    rows: int
+    codes: int
+    group: int
+    warps: int
+    stages: int
+
+
+# By padded width. Wider vectors take more shared memory for the same tile, so the tiles shrink: the largest entry
+# must leave room under the 163 KB of an A100. 16 rows a warp: only then are a thread's columns whole groups.
+SCAN = {
+    16: ScanConfig(rows=128, codes=64, group=16, warps=8, stages=3),
+    32: ScanConfig(rows=128, codes=64, group=16, warps=8, stages=3),
+    64: ScanConfig(rows=128, codes=64, group=16, warps=8, stages=2),
+    128: ScanConfig(rows=128, codes=64, group=16, warps=8, stages=2),
+    256: ScanConfig(rows=64, codes=32, group=4, warps=8, stages=2),
+}
+
+# Tiles between two looks at the running maxima, a power of two: a tile's number takes six bits of a score.
+CHUNK = 64
+
+# Four programs for each SM of an H100, as many as its registers hold: the more there are, the better one's maxima run
+# while another's products do. With fewer blocks of rows the codes are split over several programs.
+PROGRAMS = 528
+
+
+@dataclass(frozen=True)
+class SettleConfig:
+    """One launch of the exact decision.
+
+    Attributes:
+        rows: vectors of a program.
+        codes: codes of a step where all of them are scored.
+        step: components of a step; all their loads are under way together.
+        splits: splits of the scan that are merged in a step.
+        warps: warps of a program.
+    """
+
+    rows: int
+    codes: int
+    step: int
+    splits: int
+    warps: int
+
+
+# Small programs: the work is a short chain of dependent loads, hidden only by many programs side by side. On an H100, at
+# 65,536 vectors of 12 and 4096 codes: 23 us, against 27 with 32 rows and 4 warps and 45 with 32 and 8.
+SETTLE = SettleConfig(rows=16, codes=512, step=8, splits=4, warps=2)
+
+# Elements of a program of the kernels that pass once over rows; 16 a thread keep the loads wide.
+ROW_ELEMENTS = 2048
+
+
+def padded_width(width: int) -> int:
+    """The next power of two of at least 16, the least depth of a tensor-core product."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def rows_of_a_program(width: int) -> int:
+    """Rows of a program of the kernels that pass once over rows of this width."""
+    return max(1, ROW_ELEMENTS // padded_width(width))
