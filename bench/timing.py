@@ -58,13 +58,17 @@ class Timing:
 
 @dataclass(frozen=True)
 class Sampler:
-    """One variant made ready: `sample()` runs `calls` calls and returns the seconds that one took."""
+    """One variant made ready: `sample()` runs `calls` calls and returns the seconds that one took.
+
+    `held` keeps the call and its inputs alive: a graph knows the addresses of their tensors, but does not own them.
+    """
 
     sample: Callable[[], float]
     seconds: float
     calls: int
     how: str
     first_call: float
+    held: object = None
 
 
 def rotating_sets(inputs: Inputs, device: torch.device) -> list[Inputs]:
@@ -176,7 +180,11 @@ def _in_a_graph(call: Call, sets: Sequence[Inputs], calls: int, first_call: floa
             call(*sets[i % len(sets)])
     graph.replay()
     seconds = _between_events(graph.replay, _BACKLOG_CYCLES)
-    return Sampler(lambda: _between_events(graph.replay, _BACKLOG_CYCLES) / calls, seconds, calls, "graph", first_call)
+
+    def sample() -> float:
+        return _between_events(graph.replay, _BACKLOG_CYCLES) / calls
+
+    return Sampler(sample, seconds, calls, "graph", first_call, held=(call, sets))
 
 
 def _with_events(call: Call, sets: Sequence[Inputs], first_call: float, reason: str) -> Sampler:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -169,6 +172,18 @@ def test_capture_is_not_tried_where_it_is_known_to_fail(monkeypatch: pytest.Monk
     gpu = FakeGPU(monkeypatch)
     ready = prepare(gpu.call, [(0,)], torch.device("cuda"), capture=False)
     assert ready.how == "events (does not work in a CUDA graph)" and ready.calls == 20
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, table = FakeGPU(monkeypatch), torch.ones(3)
+    alive = weakref.ref(table)
+    ready = prepare(functools.partial(lambda table, i: gpu.call(i), table), [(0,)], torch.device("cuda"))
+    del table
+    gc.collect()
+    assert ready.how == "graph" and alive() is not None
+    del ready
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.gpu

@@ -1,0 +1,5 @@
+"""Pixel decoders: from a grid of codes to images."""
+
+from spectralar.pixels.maskgit_vqgan import VQGANConfig, VQGANDecoder
+
+__all__ = ["VQGANConfig", "VQGANDecoder"]
