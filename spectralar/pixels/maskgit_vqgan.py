@@ -163,7 +163,7 @@ class Level(nn.Module):
 
 
 class VQGANDecoder(Pretrained[VQGANConfig], nn.Module):
-    """Codes, or vectors in their place, to images. Weights and feature maps lie channels-last in memory.
+    """Codes, or vectors in their place, to images. Weights lie channels-last in memory, and vectors enter so.
 
     Args:
         config: sizes; see `VQGANConfig`.
@@ -184,7 +184,9 @@ class VQGANDecoder(Pretrained[VQGANConfig], nn.Module):
         )
         self.norm_out = NormSiLU(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-        self.to(memory_format=torch.channels_last)
+        for parameter in self.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     @property
     def device(self) -> torch.device:

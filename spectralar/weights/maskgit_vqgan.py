@@ -35,15 +35,17 @@ def import_maskgit_vqgan(source: str | Path | Mapping[str, Tensor], config: VQGA
     weights, what = (source, "the state dict") if isinstance(source, Mapping) else (_read(Path(source)), str(source))
     inside_titok = any(name.startswith("pixel_") for name in weights)
     prefix, rest = ("pixel_", _TITOK_REST) if inside_titok else ("", _VQGAN_REST)
-    wanted = {_our_name(name, prefix): tensor for name, tensor in weights.items() if not name.startswith(rest)}
     model = VQGANDecoder(config or VQGANConfig())
+    ours = {_published_name(name, prefix): name for name in model.state_dict()}
+    # Names that nobody knows are quoted, which none of ours is, so that they come out as extra.
+    wanted = {ours.get(name, repr(name)): tensor for name, tensor in weights.items() if not name.startswith(rest)}
     load_strict(model, wanted, what=what)
     return model.eval()
 
 
-def _our_name(name: str, prefix: str) -> str:
-    """The model bears the checkpoint's names, without what stands before them."""
-    return "codebook" if name == f"{prefix}quantize.embedding.weight" else name.removeprefix(f"{prefix}decoder.")
+def _published_name(name: str, prefix: str) -> str:
+    """The checkpoint's name of one of our weights: ours are the same, but for the codebook and the beginning."""
+    return f"{prefix}quantize.embedding.weight" if name == "codebook" else f"{prefix}decoder.{name}"
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
