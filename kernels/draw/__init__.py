@@ -1,18 +1,22 @@
 """The sampling head: guidance, top-k and top-p, and draws that depend on a seed per image and on nothing else.
 
-Every function runs the plain PyTorch reference today, on any device.
+`draw_tokens` runs a Triton kernel on a GPU, one launch for the whole head; fp64 logits, other devices and the other
+functions run the plain PyTorch reference.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops, reference
 
 __all__ = ["draw_tokens", "filter_logits", "gumbel_noise", "mix_guidance", "philox_uniform"]
+
+_LARGEST_FP32 = torch.finfo(torch.float32).max
 
 
 def philox_uniform(seeds: Tensor, offsets: Tensor) -> Tensor:
@@ -90,17 +94,8 @@ def mix_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Te
         ValueError: shapes or devices differ, or `scale` is not finite.
     """
     _check_floating("conditional", conditional)
-    _check_floating("unconditional", unconditional)
-    if conditional.dtype != unconditional.dtype:
-        raise TypeError(f"unconditional must be {conditional.dtype} as conditional, got {unconditional.dtype}")
-    if conditional.shape != unconditional.shape:
-        raise ValueError(
-            f"unconditional must have shape {list(conditional.shape)} as conditional, got {list(unconditional.shape)}"
-        )
-    if conditional.device != unconditional.device:
-        raise ValueError(f"unconditional must be on {conditional.device} as conditional, got {unconditional.device}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    _check_pair("conditional", conditional, "unconditional", unconditional)
+    _check_finite("scale", scale)
     return reference.mix_guidance(conditional, unconditional, scale)
 
 
@@ -131,25 +126,33 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 0.0) -> Tens
 def draw_tokens(
     logits: Tensor,
     seeds: Tensor,
-    position: int,
+    position: int | Tensor,
     *,
+    unconditional: Tensor | None = None,
+    guidance: float = 1.0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 0.0,
     greedy: bool = False,
 ) -> Tensor:
-    """Draw one code per image from `softmax(filter_logits(logits / temperature))`.
+    """Draw one code per image from `softmax(filter_logits(mix_guidance(logits) / temperature))`.
 
     The draw is `argmax(filtered logits + gumbel_noise(seeds, position, K))`, which has exactly that distribution. It
     depends on the image's logits, seed and position, never on the rest of the batch. Equal scores go to the lowest
-    index.
+    index. On a GPU top-p counts each probability in steps of 2^-50 of the best code's, or 2^-46 for 65,536 codes.
 
     Args:
         logits: `[B, K]` floating; each row finite or -inf with at least one finite. Checked only in CPU memory, since
-            a look at the values would stall another device. Computed in fp32, or fp64 for fp64.
+            a look at the values would stall another device; there a bad row gives some code. Computed in fp32, or
+            fp64 for fp64. Rows may lie apart, as in a half of a `[2B, K]` tensor.
         seeds: `[B]` integers, one per image.
-        position: index of the token that is drawn, not negative.
-        temperature: finite and positive; less than 1 sharpens.
+        position: index of the token that is drawn, not negative: a number, or a tensor `[]` of int64 on the device of
+            `logits`, whose value a captured CUDA graph reads anew at each replay and which is checked only in CPU
+            memory.
+        unconditional: `[B, K]` as `logits`, finite; these are then the conditional ones, and both are mixed as by
+            `mix_guidance(logits, unconditional, guidance)`. Not read at guidance 1.
+        guidance: finite; other than 1 only with `unconditional`.
+        temperature: finite and positive, also in fp32; less than 1 sharpens.
         top_k: see `filter_logits`; applied to the tempered logits.
         top_p: likewise.
         greedy: True takes the most likely code and ignores seeds, temperature and filters.
@@ -158,7 +161,8 @@ def draw_tokens(
         `[B]` int64.
 
     Raises:
-        TypeError: `logits` is not floating or `seeds` are not integers.
+        TypeError: `logits` or `unconditional` is not floating, `seeds` or `position` are not integers, or dtypes
+            differ.
         ValueError: shapes or devices do not agree, a bad row of logits, or an option out of range.
     """
     _check_logits(logits)
@@ -169,12 +173,19 @@ def draw_tokens(
         raise ValueError(f"seeds must have shape [{len(logits)}], one per row of logits, got {list(seeds.shape)}")
     if seeds.device != logits.device:
         raise ValueError(f"seeds must be on the device of logits, {logits.device}, got {seeds.device}")
-    _check_position(position)
-    if not (math.isfinite(temperature) and temperature > 0):
+    _check_position(position, logits.device)
+    if unconditional is not None:
+        _check_pair("logits", logits, "unconditional", unconditional)
+    _check_finite("guidance", guidance)
+    if unconditional is None and guidance != 1:
+        raise ValueError(f"guidance must be 1 without unconditional logits, got {guidance}")
+    if not 0 < _as_fp32(temperature) < math.inf:
         raise ValueError(f"temperature must be finite and positive, got {temperature}; greedy=True is its limit at 0")
     _check_filters(top_k, top_p, logits.shape[-1])
-    return reference.draw_tokens(
-        logits, seeds, position, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy
+    number, tensor = (0, position) if isinstance(position, Tensor) else (position, None)
+    other = None if guidance == 1 else unconditional
+    return ops.draw_tokens(
+        logits, other, seeds, number, tensor, float(guidance), float(temperature), top_k, float(top_p), greedy
     )
 
 
@@ -194,9 +205,37 @@ def _check_seeds(seeds: Tensor) -> None:
         raise ValueError(f"seeds must have shape [B], got {list(seeds.shape)}")
 
 
-def _check_position(position: int) -> None:
+def _check_pair(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    _check_floating(other_name, other)
+    if other.dtype != x.dtype:
+        raise TypeError(f"{other_name} must be {x.dtype} as {name}, got {other.dtype}")
+    if other.shape != x.shape:
+        raise ValueError(f"{other_name} must have shape {list(x.shape)} as {name}, got {list(other.shape)}")
+    if other.device != x.device:
+        raise ValueError(f"{other_name} must be on {x.device} as {name}, got {other.device}")
+
+
+def _check_finite(name: str, number: float) -> None:
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+
+
+def _as_fp32(number: float) -> float:
+    """What the number becomes beside fp32 tensors; infinity where it is too large."""
+    return struct.unpack("<f", struct.pack("<f", number))[0] if abs(number) <= _LARGEST_FP32 else math.inf
+
+
+def _check_position(position: int | Tensor, device: torch.device | None = None) -> None:
+    if isinstance(position, Tensor):
+        _check_integers("position", position)
+        if position.ndim != 0 or position.dtype != torch.int64:
+            raise ValueError(f"position must be a tensor [] of int64, got {list(position.shape)} of {position.dtype}")
+        if position.device != device:
+            raise ValueError(f"position must be on the device of logits, {device}, got {position.device}")
+        if position.device.type != "cpu":
+            return
     if position < 0:
-        raise ValueError(f"position must not be negative, got {position}")
+        raise ValueError(f"position must not be negative, got {int(position)}")
 
 
 def _check_logits(logits: Tensor) -> None:

@@ -43,7 +43,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
     return c0, c1, c2, c3
 
 
-def gumbel_noise(seeds: Tensor, position: int, codes: int) -> Tensor:
+def gumbel_noise(seeds: Tensor, position: int | Tensor, codes: int) -> Tensor:
     # [B] -> [B, K]
     offsets = position * codes + torch.arange(codes, device=seeds.device)
     uniform = philox_uniform(seeds[:, None], offsets).double().clamp_min(_SMALLEST_UNIFORM)
@@ -77,7 +77,7 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 0.0) -> Tens
 def draw_tokens(
     logits: Tensor,
     seeds: Tensor,
-    position: int,
+    position: int | Tensor,
     *,
     temperature: float = 1.0,
     top_k: int = 0,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spectralar.generator import SpectralGenerator
-from spectralar.kernels.draw import draw_tokens, mix_guidance
+from spectralar.kernels.draw import draw_tokens
 from spectralar.sampling.settings import SamplingSettings
 
 
@@ -36,8 +36,6 @@ class ReferenceBackend:
         previous: Tensor | None = None
         for step, scale in enumerate(settings.guidance_scales(config.steps)):
             logits = self.generator.step(state, previous)  # [B or 2B, group, K]
-            if guided:
-                logits = mix_guidance(logits[:batch], logits[batch:], scale)
             tokens = torch.empty(batch, config.group, dtype=torch.int64, device=classes.device)
             for j in range(config.group):
                 position = step * config.group + j
@@ -45,9 +43,11 @@ class ReferenceBackend:
                     prefix[:, position]
                     if position < given
                     else draw_tokens(
-                        logits[:, j],
+                        logits[:batch, j],
                         seeds,
                         position,
+                        unconditional=logits[batch:, j] if guided else None,
+                        guidance=scale if guided else 1.0,
                         temperature=settings.temperature,
                         top_k=settings.top_k,
                         top_p=settings.top_p,

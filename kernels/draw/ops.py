@@ -1,0 +1,63 @@
+"""The sampling head as a PyTorch operator: the Triton kernel on a GPU, the reference elsewhere and for fp64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import kernel, reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def runs_kernels(logits: Tensor) -> bool:
+    """Whether the Triton kernel takes these logits: on a GPU, of 16 or 32 bits."""
+    return logits.is_cuda and logits.dtype in _DTYPES
+
+
+@torch.library.custom_op("spectralar::draw_tokens", mutates_args=())
+def draw_tokens(
+    logits: Tensor,
+    unconditional: Tensor | None,
+    seeds: Tensor,
+    position: int,
+    position_on_device: Tensor | None,
+    guidance: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    greedy: bool,
+) -> Tensor:
+    """`position_on_device`, where given, is the position."""
+    place = position if position_on_device is None else position_on_device
+    if not runs_kernels(logits):
+        mixed = logits if unconditional is None else reference.mix_guidance(logits, unconditional, guidance)
+        return reference.draw_tokens(
+            mixed, seeds, place, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy
+        )
+    other = None if unconditional is None else _unit_stride(unconditional)
+    with torch.cuda.device_of(logits):
+        return kernel.launch(
+            _unit_stride(logits), other, seeds.contiguous(), place, guidance, temperature, top_k, top_p, greedy
+        )
+
+
+@draw_tokens.register_fake
+def _(
+    logits: Tensor,
+    unconditional: Tensor | None,
+    seeds: Tensor,
+    position: int,
+    position_on_device: Tensor | None,
+    guidance: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    greedy: bool,
+) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+def _unit_stride(rows: Tensor) -> Tensor:
+    """Rows may lie anywhere, as those of half a batch; the codes of one side by side."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
