@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config, tables
+from . import config, reference, tables
 
 PIXEL = torch.float16
 """The dtype in which the tensor cores take pixels: eleven bits, where a pixel has eight."""
@@ -282,7 +282,7 @@ def _filter(
         )  # fmt: skip
     low_rank_kernel[(batch * channels,)](
         images, cutoffs,
-        tables.cosines(height, PIXEL, images.device), tables.cosines(width, PIXEL, images.device),
+        reference.cached_matrix(height, PIXEL, images.device), reference.cached_matrix(width, PIXEL, images.device),
         out, prediction, sums, channels, pitch, scale,
         HALF=_block(triton.cdiv(width, 2)), ROWS=low_rank.rows, STAGES=low_rank.stages,
         num_warps=low_rank.warps, **shared, **({"launch_pdl": True} if shared["EARLY"] else {}),

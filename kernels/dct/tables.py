@@ -1,4 +1,4 @@
-"""Matrices that the DCT kernels read, made once for a size, a dtype and a device, in fp64, and kept."""
+"""Tables of projections that a DCT kernel reads, made once for a size, a dtype and a device, in fp64, and kept."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ import torch
 from torch import Tensor
 
 from . import reference
-
-
-def cosines(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The DCT-II matrix `[n, n]`."""
-    return reference.cached_matrix(n, dtype, device)
 
 
 @lru_cache(maxsize=16)

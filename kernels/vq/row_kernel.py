@@ -21,6 +21,14 @@ def _lengths(b_x):
     return tl.maximum(tl.sqrt(tl.sum(b_x * b_x, axis=1)), _LEAST_LENGTH)
 
 
+@triton.jit
+def _through_length(b_grad, b_unit, b_length):
+    # The gradient before a vector's division by its length: what is tangent to the sphere passes, over the length; a
+    # vector that was divided by 1e-12 lets all pass.
+    b_along = tl.where(b_length > _LEAST_LENGTH, tl.sum(b_unit * b_grad, axis=1), 0.0)
+    return (b_grad - b_unit * b_along[:, None]) / b_length[:, None]
+
+
 @triton.jit(do_not_specialize=["n", "k"])
 def quantize_fwd_kernel(
     p_index,  # [N] int64
@@ -101,9 +109,7 @@ def vectors_bwd_kernel(
             m_loss = m_in & (tl.load(p_mask + o_row, mask=m_row, other=0) != 0)[:, None]
         b_grad += tl.where(m_loss, tl.load(p_weight) * (b_unit - b_code), 0.0)
     if NORMALIZE:
-        # What is tangent to the sphere passes, over the length; a vector that was divided by 1e-12 lets all pass.
-        b_along = tl.where(b_length > _LEAST_LENGTH, tl.sum(b_unit * b_grad, axis=1), 0.0)
-        b_grad = (b_grad - b_unit * b_along[:, None]) / b_length[:, None]
+        b_grad = _through_length(b_grad, b_unit, b_length)
     tl.store(p_grad_z + o_in, b_grad.to(tl.float32), mask=m_in)
 
 
@@ -174,8 +180,7 @@ def codebook_bwd_kernel(
         b_grad = (b_count % BAD).to(tl.float64)[:, None] * b_unit - b_grad
     b_grad = b_grad * tl.load(p_weight)
     if NORMALIZE:
-        b_along = tl.where(b_length > _LEAST_LENGTH, tl.sum(b_unit * b_grad, axis=1), 0.0)
-        b_grad = (b_grad - b_unit * b_along[:, None]) / b_length[:, None]
+        b_grad = _through_length(b_grad, b_unit, b_length)
     # A code that nobody chose keeps a zero gradient even where the codeword or the weight is not finite.
     b_grad = tl.where((b_count == 0)[:, None], 0.0, tl.where((b_count >= BAD)[:, None], float("nan"), b_grad))
     tl.store(p_grad + o_in, b_grad.to(tl.float32), mask=m_in)
