@@ -33,7 +33,7 @@ def _full_fp32() -> Iterator[None]:
 def sub_images(images: Tensor, cutoffs: Tensor, out_dtype: torch.dtype, exact: bool) -> Tensor:
     if runs_kernels(images, exact):
         with torch.cuda.device_of(images):
-            return kernel.sub_images(images.contiguous(), cutoffs, out_dtype)
+            return kernel.sub_images(images.contiguous(), cutoffs.contiguous(), out_dtype)
     with _full_fp32():
         return reference.spectral_targets(images, cutoffs.clamp_min(1), out_dtype=out_dtype).contiguous()
 
@@ -63,7 +63,7 @@ def spectral_mse(prediction: Tensor, images: Tensor, cutoffs: Tensor, exact: boo
     """The loss, and its gradient with respect to `prediction`."""
     if runs_kernels(images, exact) and prediction.dtype != torch.float64:
         with torch.cuda.device_of(images):
-            return kernel.compare(prediction.contiguous(), images.contiguous(), cutoffs)
+            return kernel.compare(prediction.contiguous(), images.contiguous(), cutoffs.contiguous())
     with _full_fp32():
         return reference.spectral_mse_and_gradient(prediction, images, cutoffs.clamp_min(1))
 

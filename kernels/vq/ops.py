@@ -30,6 +30,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
+def _flat(x: Tensor) -> Tensor:
+    # [...] -> [N]. A column of a matrix reshapes to a view with gaps, which a kernel would not see.
+    return x.reshape(-1).contiguous()
+
+
 @torch.library.custom_op("spectralar::nearest_code", mutates_args=())
 def nearest_code(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
     if not runs_kernels(codebook, z):
@@ -69,7 +74,7 @@ def lookup(indices: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
     if not runs_kernels(codebook):
         return reference.lookup(indices, codebook, normalize=normalize)
     with torch.cuda.device_of(codebook):
-        quantized, _ = launch.quantize(indices.reshape(-1).long(), codebook.contiguous(), normalize)
+        quantized, _ = launch.quantize(_flat(indices).long(), codebook.contiguous(), normalize)
     return quantized.view(*indices.shape, codebook.shape[1])
 
 
@@ -129,10 +134,10 @@ def vectors_backward(
         grad = reference.vectors_backward(grad_quantized, weight, z, codebook, indices, token_mask, normalize)
         return grad.contiguous()
     straight = None if grad_quantized is None else _rows(grad_quantized)
-    mask = None if token_mask is None else token_mask.reshape(-1)
+    mask = None if token_mask is None else _flat(token_mask)
     with torch.cuda.device_of(codebook):
         grad = launch.vectors_backward(
-            straight, weight, _rows(z), codebook.contiguous(), indices.reshape(-1), mask, normalize
+            straight, weight, _rows(z), codebook.contiguous(), _flat(indices), mask, normalize
         )
     return grad.view(z.shape)
 
@@ -178,8 +183,8 @@ def _codebook_gradient(
     if not runs_kernels(codebook, rows):
         grad = reference.codebook_backward(rows, weight, codebook, indices, token_mask, normalize, pull)
         return grad.contiguous()
-    mask = None if token_mask is None else token_mask.reshape(-1)
-    index = indices.reshape(-1).long()
+    mask = None if token_mask is None else _flat(token_mask)
+    index = _flat(indices).long()
     with torch.cuda.device_of(codebook):
         return launch.codebook_backward(_rows(rows), weight, codebook.contiguous(), index, mask, normalize, pull)
 

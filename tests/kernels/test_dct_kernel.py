@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectralar.kernels.dct import kernel, reference, spectral_mse, spectral_targets
+from spectralar.kernels.dct import kernel, ops, reference, spectral_mse, spectral_targets
 from spectralar.kernels.dct.config import LARGEST, ProjectionConfig
 from spectralar.spectrum import spectral_cutoffs
 
@@ -160,8 +160,21 @@ def test_exact_reaches_fp32_rounding_under_tf32(size: tuple[int, int], monkeypat
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def test_strides_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "runs_kernels", lambda images, exact: True)
+    dense, w = pictures(4, 18, 40, torch.float32), torch.tensor([1, 17, 33, 40], device=DEVICE)
+    images = dense.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1)
+    column = w[:, None].repeat(1, 5)[:, 0]
+    assert not images.is_contiguous() and not column.is_contiguous()
+    expected = spectral_targets(dense, w)
+    assert torch.equal(spectral_targets(images, column), expected)
+    assert torch.equal(spectral_mse(images, images, column), spectral_mse(dense, dense, w))
+    once = torch.tensor([17], device=DEVICE)
+    assert torch.equal(spectral_targets(images, once.expand(4)), spectral_targets(dense, 17))
+
+
 @pytest.mark.gpu
-def test_captured_in_a_graph_and_strided() -> None:
+def test_captured_in_a_graph() -> None:
     images = pictures(8, 256, 256, torch.uint8).to(memory_format=torch.channels_last)
     w = torch.tensor([1, 20, 64, 65, 130, 200, 255, 256], device=DEVICE)
     prediction = torch.rand(8, 3, 256, 256, device=DEVICE, requires_grad=True)

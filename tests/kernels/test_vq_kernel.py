@@ -380,6 +380,26 @@ def test_strides_change_nothing() -> None:
         assert torch.equal(nearest_code(strided[1:, ::2], across), nearest_code(z.view(4, 6, 12), codebook)[1:, ::2])
 
 
+def test_a_column_of_indices_and_of_a_mask() -> None:
+    # The first token of every image, as the shortest prefix is decoded: numbers in memory with gaps between them.
+    z, codebook = pair(40, 30, 12)
+    z = z.view(8, 5, 12)[:, :1]
+    indices = torch.randint(30, (8, 5), device=DEVICE)[:, :1]
+    mask = (torch.rand(8, 5, device=DEVICE) < 0.5)[:, :1]
+
+    def gradient(chosen: Tensor) -> Tensor:
+        leaf = codebook.clone().requires_grad_()
+        (lookup(chosen, leaf) * z).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    assert torch.equal(lookup(indices, codebook), lookup(indices.contiguous(), codebook))
+    assert torch.equal(gradient(indices), gradient(indices.contiguous()))
+    expected = outcome(vector_quantize, z, codebook, True, mask.contiguous())
+    found = outcome(vector_quantize, z, codebook, True, mask)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 def test_wide_and_fp64_inputs_run_the_reference() -> None:
     for dtype, width in ((torch.float64, 12), (torch.float32, MAX_WIDTH + 1)):
         z, codebook = pair(9, 20, width, dtype)
