@@ -54,9 +54,12 @@ class SelfAttention(nn.Module):
         """Scaled unit queries, unit keys, and values."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        scale = self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()[:, None]
-        q = F.normalize(_wide(q), dim=-1, eps=1e-12) * scale
+        q = F.normalize(_wide(q), dim=-1, eps=1e-12) * self.query_scale()[:, None]
         return q.to(v.dtype), F.normalize(_wide(k), dim=-1, eps=1e-12).to(v.dtype), v
+
+    def query_scale(self) -> Tensor:
+        """The factor of every head's unit queries `[H]`."""
+        return self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
@@ -162,7 +165,7 @@ class SpectralGenerator(Pretrained[GeneratorConfig], nn.Module):
             classes = classes.masked_fill(dropped, self.config.classes)
         condition = self.class_table(classes.long())  # [B, W]
         start = condition[:, None] + self.start_positions
-        later = self._embed(tokens[:, : self.config.tokens - self.config.group])
+        later = self.embed(tokens[:, : self.config.tokens - self.config.group])
         x = torch.cat([start, later], dim=1) + self.positions
         for block, keep in zip(self.blocks, self._stochastic_depth(len(classes)), strict=True):
             x = block(x, condition, keep)
@@ -207,7 +210,7 @@ class SpectralGenerator(Pretrained[GeneratorConfig], nn.Module):
             expected = [len(state.start), config.group]
             raise ValueError(f"previous must have shape {expected}, not {list(previous.shape)}")
         first = state.step * config.group
-        content = state.start[:, None] + self.start_positions if previous is None else self._embed(previous)
+        content = state.start[:, None] + self.start_positions if previous is None else self.embed(previous)
         x = content + self.positions[first : first + config.group]
         for i, block in enumerate(self.blocks):
             x = block.decode(x, state.modulations[i], state.keys[i], state.values[i], first)  # type: ignore[operator]
@@ -222,7 +225,8 @@ class SpectralGenerator(Pretrained[GeneratorConfig], nn.Module):
         keep = 1 - torch.linspace(0, config.max_drop_path, config.depth, device=self.device)[:, None, None]
         return (torch.rand(config.depth, 2, batch, device=self.device) < keep) / keep
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """How tokens enter, without their positions: `[...]` integers to `[..., W]`."""
         if self.config.token_input == "table":
             return self.token_table(tokens.long())
         return self.from_code(F.embedding(tokens.long(), self.codes))

@@ -1,0 +1,139 @@
+"""The tensors of cached decoding: what every step reads, and what it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DecodeWeights:
+    """The weights that a decoding step reads, blocks stacked, contiguous, of one dtype.
+
+    L blocks of width W with H heads of W / H channels, groups of G tokens, N tokens in all, K codes.
+
+    Attributes:
+        tokens: `[K, W]`, the row by which a drawn token enters.
+        positions: `[N, W]`, added to the content of every position.
+        starts: `[G, W]`, added to the class row at the first group.
+        qkv: `[L, 3 W, W]`, queries, then keys, then values.
+        qkv_bias: `[L, 3 W]`; keys have none, theirs is zero.
+        query_scale: `[L, H]` fp32 (fp64 with fp64 weights), the factor of unit queries.
+        proj: `[L, W, W]`.
+        proj_bias: `[L, W]`.
+        fc1: `[L, 4 W, W]`.
+        fc1_bias: `[L, 4 W]`.
+        fc2: `[L, W, 4 W]`.
+        fc2_bias: `[L, W]`.
+        head: `[K, W]`.
+        head_bias: `[K]`.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    starts: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor
+    query_scale: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    fc2_bias: Tensor
+    head: Tensor
+    head_bias: Tensor
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks L."""
+        return self.qkv.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Channels W."""
+        return self.qkv.shape[2]
+
+    @property
+    def heads(self) -> int:
+        """Attention heads H."""
+        return self.query_scale.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Tokens of a step G."""
+        return self.starts.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence N."""
+        return self.positions.shape[0]
+
+    @property
+    def codes(self) -> int:
+        """Size of the codebook K."""
+        return self.head.shape[0]
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """The buffers of a batch. Steps write in place, so that a recorded step can be replayed.
+
+    B images are drawn by R rows of the transformer: R = B, or 2 B with guidance, the second half without class. Row r
+    reads the tokens of image r mod B. Activations between blocks are fp32 (fp64 with fp64 weights), the other
+    intermediates have the weights' dtype.
+
+    Attributes:
+        first: `[]` int64, position of the first token of the coming group; the caller moves it on.
+        tokens: `[B, N]` int64; a step reads those of the group before.
+        start: `[R, W]`, class rows.
+        modulations: `[L, R, 6, W]`: gate1, gate2, scale1, scale2, shift1, shift2.
+        head_modulation: `[R, 2, W]`, scale, shift.
+        keys: `[L, R, H, N, D]`, unit keys.
+        values: `[L, R, H, N, D]`.
+        x: `[R, G, W]` fp32, the residual stream.
+        qkv: `[R, G, 3 W]`.
+        attended: `[R, G, W]`.
+        hidden: `[R, G, 4 W]`.
+        logits: `[R, G, K]` fp32.
+    """
+
+    first: Tensor
+    tokens: Tensor
+    start: Tensor
+    modulations: Tensor
+    head_modulation: Tensor
+    keys: Tensor
+    values: Tensor
+    x: Tensor
+    qkv: Tensor
+    attended: Tensor
+    hidden: Tensor
+    logits: Tensor
+
+    @staticmethod
+    def allocate(weights: DecodeWeights, images: int, rows: int) -> DecodeState:
+        """Buffers for `images` images drawn by `rows` rows; nothing but `first` is initialised."""
+        w, device, dtype = weights, weights.qkv.device, weights.qkv.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+
+        def buffer(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=of, device=device)
+
+        cache = (w.depth, rows, w.heads, w.length, w.width // w.heads)
+        return DecodeState(
+            first=torch.zeros((), dtype=torch.int64, device=device),
+            tokens=buffer(images, w.length, of=torch.int64),
+            start=buffer(rows, w.width),
+            modulations=buffer(w.depth, rows, 6, w.width),
+            head_modulation=buffer(rows, 2, w.width),
+            keys=buffer(*cache),
+            values=buffer(*cache),
+            x=buffer(rows, w.group, w.width, of=wide),
+            qkv=buffer(rows, w.group, 3 * w.width),
+            attended=buffer(rows, w.group, w.width),
+            hidden=buffer(rows, w.group, 4 * w.width),
+            logits=buffer(rows, w.group, w.codes, of=wide),
+        )
