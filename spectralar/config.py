@@ -86,7 +86,8 @@ class TokenizerConfig:
             (clustering VQ); `keep` leaves them.
         mapping: tokens to cutoffs: equation 9 and its rescaling (`nonuniform`) or equal bands (`uniform`, Table 4).
         custom_cutoffs: a hand-made schedule, strictly increasing to `image_size`, in place of `mapping`.
-        pixel_head: how decoder features become pixels. `direct` is a linear map per patch and a 3x3 convolution.
+        pixel_head: how decoder features become pixels. `direct` is a linear map per patch and a 3x3 convolution;
+            `vqgan` is logits over MaskGIT-VQGAN's 1,024 codes and its convolutional decoder, for patches of 16.
     """
 
     image_size: int = 256
@@ -104,7 +105,7 @@ class TokenizerConfig:
     supervision: Supervision = "spectral"
     mapping: FrequencyMapping = "nonuniform"
     custom_cutoffs: tuple[int, ...] = ()
-    pixel_head: Literal["direct"] = "direct"
+    pixel_head: Literal["direct", "vqgan"] = "direct"
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -117,6 +118,10 @@ class TokenizerConfig:
             1 <= self.tokens <= self.image_size,
             f"tokens must be between 1 and image_size {self.image_size} (one new frequency per token at least), "
             f"not {self.tokens}",
+        )
+        _require(
+            self.pixel_head == "direct" or self.patch_size == 16,
+            f"patch_size must be 16 with pixel_head vqgan, not {self.patch_size}",
         )
         _require(2 <= self.codebook_size <= 65536, f"codebook_size must be 2..65536, not {self.codebook_size}")
         _require(self.code_dim > 0, f"code_dim must be positive, not {self.code_dim}")
@@ -140,10 +145,18 @@ class TokenizerConfig:
 
     def flops(self) -> int:
         """Forward FLOPs of one image through encoder and decoder (blocks, patch embedding and pixel head)."""
-        length = 1 + self.patches + self.tokens
+        from spectralar.pixels import VQGANConfig
+
+        length, width = 1 + self.patches + self.tokens, self.decoder.width
         pixels = 3 * self.patch_size**2
-        ends = 2 * self.patches * pixels * (self.encoder.width + self.decoder.width)
-        return self.encoder.flops(length) + self.decoder.flops(length) + ends
+        if self.pixel_head == "direct":
+            head = 2 * self.patches * pixels * width
+        else:
+            vqgan = VQGANConfig(image_size=self.image_size)
+            codes = 2 * self.patches * (2 * width * width + 2 * width * vqgan.codebook_size)
+            head = codes + 2 * self.patches * vqgan.codebook_size * vqgan.code_dim + vqgan.flops()
+        patch_embed = 2 * self.patches * pixels * self.encoder.width
+        return self.encoder.flops(length) + self.decoder.flops(length) + patch_embed + head
 
 
 @dataclass(frozen=True)

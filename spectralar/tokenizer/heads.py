@@ -1,8 +1,4 @@
-"""From decoder features to pixels. A head maps features `[B, G, G, W]` to images `[B, 3, S, S]`.
-
-The direct head is here. A head over proxy codes with a convolutional pixel decoder fits the same place: it is chosen
-by `TokenizerConfig.pixel_head` in `build_pixel_head`.
-"""
+"""From decoder features to pixels. A head maps features `[B, G, G, W]` to images `[B, 3, S, S]`, about [0, 1]."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralar.config import TokenizerConfig
+from spectralar.pixels import VQGANConfig, VQGANDecoder
 
 
 class DirectPixelHead(nn.Module):
@@ -37,7 +34,9 @@ class DirectPixelHead(nn.Module):
             batch, grid = patches.shape[:2]
             p = self.patch_size
             pixels = patches.view(batch, grid, grid, p, p, 3).permute(0, 5, 1, 3, 2, 4)
-            return F.conv2d(pixels.reshape(batch, 3, grid * p, grid * p), *_parameters(self.smooth, dtype), padding=1)
+            pixels = pixels.reshape(batch, 3, grid * p, grid * p)
+            # The layers work on [-1, 1].
+            return (F.conv2d(pixels, *_parameters(self.smooth, dtype), padding=1) + 1) / 2
 
 
 def _parameters(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -45,6 +44,37 @@ def _parameters(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> tuple[Tenso
     return layer.weight.to(dtype), layer.bias.to(dtype)
 
 
-def build_pixel_head(config: TokenizerConfig) -> DirectPixelHead:
+class ProxyCodeHead(nn.Module):
+    """Logits over the codes of a VQGAN for every feature, their mixture of code vectors, and the VQGAN's decoder.
+
+    TiTok's two-stage head: a softmax over all codes in training and afterwards, so that pixels have gradients. The
+    published decoder is loaded with `import_maskgit_vqgan`: `head.vqgan.load_state_dict(imported.state_dict())`.
+    """
+
+    def __init__(self, width: int, image_size: int) -> None:
+        super().__init__()
+        self.vqgan = VQGANDecoder(VQGANConfig(image_size=image_size))
+        self.to_hidden = nn.Linear(width, 2 * width)
+        self.to_logits = nn.Linear(2 * width, self.vqgan.config.codebook_size)
+
+    def start(self) -> None:
+        """Nothing to set: every layer keeps its own initialisation."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """`[B, G, G, W]` -> `[B, G, G, K]`, scores of the VQGAN's codes."""
+        return self.to_logits(torch.tanh(self.to_hidden(features)))
+
+    def vectors(self, features: Tensor) -> Tensor:
+        """`[B, G, G, W]` -> `[B, G, G, D]`, mixtures of the VQGAN's code vectors."""
+        # Under autocast the softmax is fp32; its product with the codebook need not be.
+        return self.logits(features).softmax(-1).to(self.vqgan.codebook.dtype) @ self.vqgan.codebook
+
+    def forward(self, features: Tensor) -> Tensor:  # [B, G, G, W]
+        return self.vqgan(self.vectors(features))
+
+
+def build_pixel_head(config: TokenizerConfig) -> DirectPixelHead | ProxyCodeHead:
     """The head that `config.pixel_head` names."""
+    if config.pixel_head == "vqgan":
+        return ProxyCodeHead(config.decoder.width, config.image_size)
     return DirectPixelHead(config.decoder.width, config.patch_size)

@@ -83,13 +83,13 @@ class Decoder(nn.Module):
         mask_tokens = self.mask_token.expand(len(codes), self.patches, -1)
         image_rows, _ = self.vit(mask_tokens, spectral, prefix_lengths)
         features = self.vit.norm_after(image_rows).unflatten(1, (self.grid, self.grid))
-        return (self.head(features) + 1) / 2  # [B, 3, S, S]
+        return self.head(features)  # [B, 3, S, S]
 
 
 class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
     """Images to N ordered tokens and back from any prefix of them.
 
-    Pixels are in [0, 1] outside and in [-1, 1] inside. Reconstructions are floating and may leave [0, 1] slightly, as
+    Pixels are in [0, 1]. Reconstructions are floating and may leave [0, 1] slightly, as
     band-limited images do; `spectralar.images.to_uint8` clamps and rounds them.
 
     Args:

@@ -211,7 +211,12 @@ def test_errors_of_yaml_files(tmp_path: Path) -> None:
         (TokenizerConfig, {"mask": "causal"}, "mask must be one of figure, strict, none, not 'causal'"),
         (TokenizerConfig, {"supervision": "half"}, "supervision must be one of spectral, full, not 'half'"),
         (TokenizerConfig, {"mapping": "log"}, "mapping must be one of nonuniform, uniform, not 'log'"),
-        (TokenizerConfig, {"pixel_head": "proxy"}, "pixel_head must be one of direct, not 'proxy'"),
+        (TokenizerConfig, {"pixel_head": "proxy"}, "pixel_head must be one of direct, vqgan, not 'proxy'"),
+        (
+            TokenizerConfig,
+            {"pixel_head": "vqgan", "patch_size": 32},
+            "patch_size must be 16 with pixel_head vqgan, not 32",
+        ),
         (GeneratorConfig, {"depth": 0}, "depth, tokens and classes must be positive"),
         (GeneratorConfig, {"tokens": 0}, "depth, tokens and classes must be positive"),
         (GeneratorConfig, {"classes": 0}, "depth, tokens and classes must be positive"),
@@ -304,6 +309,17 @@ def test_the_tokenizer_s_flops_are_those_of_its_matrix_products() -> None:
     counted += counted_flops(lambda: model.encoder(torch.zeros(1, 3, 32, 32)))
     ends = 2 * (2 * 8 * 1 * 64) + 2 * 32 * 32 * 3 * 3 * 9  # to_latent, from_code and the last convolution are left out
     assert counted == config.flops() + ends
+
+
+def test_the_flops_of_the_proxy_code_head() -> None:
+    vit = ViTConfig(64, 1, 2)
+    config = TokenizerConfig(
+        image_size=32, tokens=8, encoder=vit, decoder=vit, codebook_size=2, code_dim=1, mask="none", pixel_head="vqgan"
+    )
+    model = SpectralTokenizer(config).eval().requires_grad_(False)
+    counted = counted_flops(lambda: model.decoder(torch.zeros(1, 8, 1)))
+    counted += counted_flops(lambda: model.encoder(torch.zeros(1, 3, 32, 32)))
+    assert counted == config.flops() + 2 * (2 * 8 * 1 * 64)
 
 
 def test_bytes_of_a_cached_step() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from spectralar.config import ViTConfig
 from spectralar.kernels.dct import spectral_targets
 from spectralar.tokenizer import SpectralTokenizer
-from spectralar.tokenizer.heads import DirectPixelHead
+from spectralar.tokenizer.heads import DirectPixelHead, ProxyCodeHead
 
 MASKS = ["figure", "strict", "none"]
 Make = Callable[..., SpectralTokenizer]
@@ -119,8 +120,40 @@ def test_the_pixel_head_puts_every_patch_in_its_place() -> None:
     features = torch.randn(2, 3, 3, 5)
     pixels = head(features)
     for r, c in ((0, 0), (0, 2), (2, 1)):
-        patch = head.to_patch(features[:, r, c]).view(2, 2, 2, 3).permute(0, 3, 1, 2)  # [B, 3, p, p]
+        patch = (head.to_patch(features[:, r, c]).view(2, 2, 2, 3).permute(0, 3, 1, 2) + 1) / 2  # [B, 3, p, p]
         assert torch.allclose(pixels[:, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2], patch, atol=1e-6)
+
+
+def test_the_proxy_code_head_mixes_codes_and_decodes_them() -> None:
+    torch.manual_seed(0)
+    head = ProxyCodeHead(6, 32).double().eval()
+    features = torch.randn(2, 2, 2, 6, dtype=torch.float64)
+    first, second = head.to_hidden, head.to_logits
+    logits = (features @ first.weight.T + first.bias).tanh() @ second.weight.T + second.bias
+    shares = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    assert torch.allclose(head(features), head.vqgan((shares[..., None] * head.vqgan.codebook).sum(-2)))
+    # A feature that is sure of one code gives that code's picture.
+    with torch.no_grad():
+        second.weight.zero_()
+        second.bias.copy_(torch.nn.functional.one_hot(torch.tensor(7), 1024) * 1000.0)
+    codes = torch.full((2, 2, 2), 7)
+    assert torch.allclose(head(features).clamp(0, 1), head.vqgan.decode(codes))
+
+
+def test_a_tokenizer_with_proxy_codes_trains_saves_and_decodes_prefixes(
+    make_tokenizer: Make, photos: Tensor, tmp_path: Path
+) -> None:
+    model = make_tokenizer(pixel_head="vqgan", patch_size=16).train()
+    lengths = torch.tensor([1, 8])
+    out = model(photos[:2], lengths)
+    assert out.images.shape == (2, 3, 32, 32) and out.images.dtype == torch.float32
+    (model.pixel_loss(out.images, photos[:2], lengths) + out.commitment_loss + out.codebook_loss).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    again = SpectralTokenizer.from_pretrained(model.eval().save_pretrained(tmp_path))
+    tokens = random_tokens(2)
+    assert torch.equal(again.decode(tokens), model.decode(tokens))
+    exact = model.double()
+    assert torch.allclose(exact.decode_prefixes(tokens, torch.tensor([3, 8]))[0], exact.decode(tokens[:1, :3])[0])
 
 
 def test_pixels_are_fp32_under_autocast_and_from_bf16_weights(make_tokenizer: Make) -> None:
