@@ -207,7 +207,7 @@ class VQGANDecoder(Pretrained[VQGANConfig], nn.Module):
             TypeError: codes that are not integers.
             ValueError: a wrong shape or device, or a code out of range.
         """
-        self._check_codes(codes)
+        check_codes(codes, self.config, self.device)
         return self(vq.lookup(codes.long(), self.codebook, normalize=False)).clamp(0, 1)
 
     def forward(self, vectors: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ class VQGANDecoder(Pretrained[VQGANConfig], nn.Module):
             TypeError: vectors that are not floating.
             ValueError: a wrong shape or device.
         """
-        self._check_vectors(vectors)
+        check_vectors(vectors, self.config, self.device)
         x = self.conv_in(vectors.to(self.conv_in.weight.dtype).permute(0, 3, 1, 2))  # [B, C, G, G]
         for block in self.mid:
             x = block(x)
@@ -239,30 +239,35 @@ class VQGANDecoder(Pretrained[VQGANConfig], nn.Module):
             dtype = torch.promote_types(weight.dtype, torch.float32)
             return F.conv2d(features.to(dtype), weight.to(dtype), bias.to(dtype), padding=1).contiguous()
 
-    def _check_codes(self, codes: Tensor) -> None:
-        if not isinstance(codes, Tensor):
-            raise TypeError(f"codes must be a tensor, not {type(codes).__name__}")
-        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-            raise TypeError(f"codes must be integers, not {codes.dtype}")
-        grid = self.config.grid
-        if codes.dim() != 3 or codes.shape[1:] != (grid, grid):
-            raise ValueError(f"codes must have shape [B, {grid}, {grid}], not {list(codes.shape)}")
-        self._check_device("codes", codes)
-        if codes.numel():
-            low, high = (int(x) for x in codes.long().aminmax())
-            if low < 0 or high >= self.config.codebook_size:
-                raise ValueError(f"codes must be in 0..{self.config.codebook_size - 1}, not {low}..{high}")
 
-    def _check_vectors(self, vectors: Tensor) -> None:
-        if not isinstance(vectors, Tensor):
-            raise TypeError(f"vectors must be a tensor, not {type(vectors).__name__}")
-        if not vectors.is_floating_point():
-            raise TypeError(f"vectors must be floating, not {vectors.dtype}")
-        shape = (self.config.grid, self.config.grid, self.config.code_dim)
-        if vectors.dim() != 4 or vectors.shape[1:] != shape:
-            raise ValueError(f"vectors must have shape [B, {', '.join(map(str, shape))}], not {list(vectors.shape)}")
-        self._check_device("vectors", vectors)
+def check_vectors(vectors: Tensor, config: VQGANConfig, device: torch.device) -> None:
+    """Raises what `VQGANDecoder.forward` says of its vectors."""
+    if not isinstance(vectors, Tensor):
+        raise TypeError(f"vectors must be a tensor, not {type(vectors).__name__}")
+    if not vectors.is_floating_point():
+        raise TypeError(f"vectors must be floating, not {vectors.dtype}")
+    shape = (config.grid, config.grid, config.code_dim)
+    if vectors.dim() != 4 or vectors.shape[1:] != shape:
+        raise ValueError(f"vectors must have shape [B, {', '.join(map(str, shape))}], not {list(vectors.shape)}")
+    _check_device("vectors", vectors, device)
 
-    def _check_device(self, name: str, tensor: Tensor) -> None:
-        if tensor.device != self.device:
-            raise ValueError(f"{name} must be on the model's device {self.device}, not {tensor.device}")
+
+def check_codes(codes: Tensor, config: VQGANConfig, device: torch.device, *, check_range: bool = True) -> None:
+    """Raises what `VQGANDecoder.decode` says of its codes; reads their values only with `check_range`."""
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes must be a tensor, not {type(codes).__name__}")
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise TypeError(f"codes must be integers, not {codes.dtype}")
+    grid = config.grid
+    if codes.dim() != 3 or codes.shape[1:] != (grid, grid):
+        raise ValueError(f"codes must have shape [B, {grid}, {grid}], not {list(codes.shape)}")
+    _check_device("codes", codes, device)
+    if check_range and codes.numel():
+        low, high = (int(x) for x in codes.long().aminmax())
+        if low < 0 or high >= config.codebook_size:
+            raise ValueError(f"codes must be in 0..{config.codebook_size - 1}, not {low}..{high}")
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the model's device {device}, not {tensor.device}")
