@@ -25,6 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenize": ("spectralar.training.commands:tokenize_command", "encode shards into a token store"),
     "train generator": ("spectralar.training.commands:train_generator_command", "stage two, from a token store"),
     "bench kernels": ("spectralar.bench.commands:bench_kernels_command", "time the kernels against ceilings and peers"),
+    "bench sampler": (
+        "spectralar.bench.commands:bench_sampler_command",
+        "time whole generations, to tokens and pixels",
+    ),
     "bench tune": ("spectralar.bench.tune:bench_tune_command", "try other rows of the kernels' launch tables"),
     "info": ("spectralar.commands:info", "what is installed, and what a model is made of"),
 }

@@ -16,7 +16,7 @@ from spectralar.config import to_dict
 from spectralar.devices import auto_device
 from spectralar.pictures import coarse_to_fine, grid, sample_rows, to_image
 from spectralar.pipeline import SpectralAR
-from spectralar.sampling import SamplingSettings
+from spectralar.sampling import BackendName, SamplingSettings
 from spectralar.weights import EMBEDDED
 
 GOOD_LOOKING = SamplingSettings(guidance=2.0, guidance_schedule="ramp", top_p=0.92)
@@ -43,6 +43,7 @@ def sample(
     out: Path = Path("samples.png"),
     folder: Path | None = None,
     device: str = "auto",
+    backend: BackendName = "auto",
 ) -> None:
     """Draw pictures: a labelled grid, and beside it one picture from its first token to its last.
 
@@ -56,11 +57,12 @@ def sample(
         out: the grid; the coarse-to-fine strip goes beside it as NAME-steps.png.
         folder: also write every picture by itself into this folder.
         device: auto, cpu or cuda.
+        backend: auto, reference (eager PyTorch), graph (the same in CUDA graphs) or fused (kernels of our own).
     """
     if columns < 1:
         raise ValueError(f"columns must be at least 1, not {columns}")
     console = Console(stderr=True)
-    loaded = SpectralAR.from_pretrained(model, device=auto_device(device))
+    loaded = SpectralAR.from_pretrained(model, device=auto_device(device), backend=backend)
     chosen = loaded.find_classes(classes or (EXAMPLES if model == str(EMBEDDED) else spread_classes(loaded)))
     began = time.perf_counter()
     rows = sample_rows(loaded, chosen, columns=columns, seed=seed, settings=settings, length=length)
@@ -75,7 +77,8 @@ def sample(
             for j, image in enumerate(row):
                 to_image(image).save(folder / f"class{c:04d}-seed{seed + j}.png")
     console.print(
-        f"{len(chosen) * columns} pictures in {seconds:.1f} s on {loaded.generator.device}: {escape(f'{out}, {steps}')}"
+        f"{len(chosen) * columns} pictures in {seconds:.1f} s on {loaded.generator.device}, backend {loaded.backend} "
+        f"({escape(loaded.backend_reason)}): {escape(f'{out}, {steps}')}"
     )
 
 

@@ -143,20 +143,28 @@ class TokenizerConfig:
         """Number of image patches, (image_size / patch_size) squared."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def length(self) -> int:
+        """Positions of both transformers: the class token, the patches and the spectral tokens."""
+        return 1 + self.patches + self.tokens
+
     def flops(self) -> int:
         """Forward FLOPs of one image through encoder and decoder (blocks, patch embedding and pixel head)."""
+        patch_embed = 2 * self.patches * 3 * self.patch_size**2 * self.encoder.width
+        return self.encoder.flops(self.length) + patch_embed + self.decode_flops()
+
+    def decode_flops(self) -> int:
+        """Forward FLOPs of the decoder for all tokens of one image: blocks and pixel head."""
         from spectralar.pixels import VQGANConfig
 
-        length, width = 1 + self.patches + self.tokens, self.decoder.width
-        pixels = 3 * self.patch_size**2
+        width = self.decoder.width
         if self.pixel_head == "direct":
-            head = 2 * self.patches * pixels * width
+            head = 2 * self.patches * 3 * self.patch_size**2 * width
         else:
             vqgan = VQGANConfig(image_size=self.image_size)
             codes = 2 * self.patches * (2 * width * width + 2 * width * vqgan.codebook_size)
             head = codes + 2 * self.patches * vqgan.codebook_size * vqgan.code_dim + vqgan.flops()
-        patch_embed = 2 * self.patches * pixels * self.encoder.width
-        return self.encoder.flops(length) + self.decoder.flops(length) + patch_embed + head
+        return self.decoder.flops(self.length) + head
 
 
 @dataclass(frozen=True)
@@ -241,9 +249,16 @@ class GeneratorConfig:
 
     def flops(self) -> int:
         """Forward FLOPs of one teacher-forced sequence: matrix products of blocks and head, and attention."""
-        per_position = 2 * (12 * self.width**2 * self.depth + self.codebook_size * self.width)
         adaln = 2 * (6 * self.depth + 2) * self.width**2
-        return self.tokens * per_position + adaln + self.depth * 4 * self.width * self.tokens**2
+        return self.tokens * self._flops_per_token() + adaln + self.depth * 4 * self.width * self.tokens**2
+
+    def _flops_per_token(self) -> int:
+        return 2 * (12 * self.width**2 * self.depth + self.codebook_size * self.width)
+
+    def decode_flops(self, rows: int) -> int:
+        """Forward FLOPs of all cached steps for `rows` rows (guidance doubles the rows); AdaLN is read from tables."""
+        scores = self.group**2 * self.steps * (self.steps + 1) // 2  # every group sees itself and those before it
+        return rows * (self.tokens * self._flops_per_token() + self.depth * 4 * self.width * scores)
 
     def decode_weight_bytes(self, bytes_per_weight: int = 2) -> int:
         """Bytes of weights that one cached step must read once AdaLN is computed per class: blocks and head."""
@@ -252,6 +267,15 @@ class GeneratorConfig:
     def cache_bytes(self, batch: int, bytes_per_value: int = 2) -> int:
         """Bytes of the key/value cache for `batch` rows (guidance doubles the rows)."""
         return 2 * batch * self.depth * self.tokens * self.width * bytes_per_value
+
+    def cache_traffic(self, rows: int, bytes_per_value: int = 2) -> int:
+        """Least bytes of keys and values that all cached steps move: written once, read at every later step."""
+        reads = self.group * self.steps * (self.steps - 1) // 2
+        return self.cache_bytes(rows, bytes_per_value) * (self.tokens + reads) // self.tokens
+
+    def decode_bytes(self, rows: int, bytes_per_value: int = 2) -> int:
+        """Least bytes that all cached steps move: the weights once a step, and keys and values."""
+        return self.steps * self.decode_weight_bytes(bytes_per_value) + self.cache_traffic(rows, bytes_per_value)
 
 
 GENERATOR_DEPTHS = (4, 6, 8, 12, 16, 20, 24, 30)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from spectralar.generator import SpectralGenerator
-from spectralar.sampling import Sampler
+from spectralar.sampling import BackendName, Sampler
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.weights import EMBEDDED
 from spectralar.weights.pretrained import resolve
@@ -19,8 +19,10 @@ class SpectralAR(Sampler):
 
     tokenizer: SpectralTokenizer
 
-    def __init__(self, tokenizer: SpectralTokenizer, generator: SpectralGenerator) -> None:
-        super().__init__(generator, tokenizer)
+    def __init__(
+        self, tokenizer: SpectralTokenizer, generator: SpectralGenerator, *, backend: BackendName = "auto"
+    ) -> None:
+        super().__init__(generator, tokenizer, backend=backend)
 
     @classmethod
     def from_pretrained(
@@ -30,6 +32,7 @@ class SpectralAR(Sampler):
         revision: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        backend: BackendName = "auto",
     ) -> SpectralAR:
         """Loads both models; without arguments the emoji model that ships inside the package.
 
@@ -38,6 +41,7 @@ class SpectralAR(Sampler):
             revision: branch, tag or commit of the repository.
             device: where the weights go.
             dtype: dtype of the weights.
+            backend: see `Sampler`.
 
         Raises:
             WeightsError: see `Pretrained.from_pretrained`.
@@ -45,7 +49,7 @@ class SpectralAR(Sampler):
         folder = resolve(source, revision=revision)
         tokenizer = SpectralTokenizer.from_pretrained(folder, subfolder="tokenizer", device=device, dtype=dtype)
         generator = SpectralGenerator.from_pretrained(folder, subfolder="generator", device=device, dtype=dtype)
-        return cls(tokenizer, generator)
+        return cls(tokenizer, generator, backend=backend)
 
     def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Writes `tokenizer/` and `generator/` under `directory`; see `Pretrained.save_pretrained`."""

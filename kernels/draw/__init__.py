@@ -1,7 +1,7 @@
 """The sampling head: guidance, top-k and top-p, and draws that depend on a seed per image and on nothing else.
 
-`draw_tokens` runs a Triton kernel on a GPU, one launch for the whole head; fp64 logits, other devices and the other
-functions run the plain PyTorch reference.
+`draw_tokens` and `draw_group` run a Triton kernel on a GPU, one launch for the whole head; fp64 logits, other devices
+and the other functions run the plain PyTorch reference.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import ops, reference
 
-__all__ = ["draw_tokens", "filter_logits", "gumbel_noise", "mix_guidance", "philox_uniform"]
+__all__ = ["draw_group", "draw_tokens", "filter_logits", "gumbel_noise", "mix_guidance", "philox_uniform"]
 
 _LARGEST_FP32 = torch.finfo(torch.float32).max
 
@@ -179,14 +179,84 @@ def draw_tokens(
     _check_finite("guidance", guidance)
     if unconditional is None and guidance != 1:
         raise ValueError(f"guidance must be 1 without unconditional logits, got {guidance}")
-    if not 0 < _as_fp32(temperature) < math.inf:
-        raise ValueError(f"temperature must be finite and positive, got {temperature}; greedy=True is its limit at 0")
+    _check_temperature(temperature)
     _check_filters(top_k, top_p, logits.shape[-1])
     number, tensor = (0, position) if isinstance(position, Tensor) else (position, None)
     other = None if guidance == 1 else unconditional
     return ops.draw_tokens(
         logits, other, seeds, number, tensor, float(guidance), float(temperature), top_k, float(top_p), greedy
     )
+
+
+def draw_group(
+    tokens: Tensor,
+    logits: Tensor,
+    seeds: Tensor,
+    first: Tensor,
+    scales: Tensor,
+    given: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    greedy: bool = False,
+) -> None:
+    """Draw a whole group of tokens and write them into `tokens`: for the loop of a generation, inside a CUDA graph.
+
+        tokens[:, p] = draw_tokens(logits[:B, j], seeds, p, unconditional=logits[B:, j], guidance=scales[first // G])
+
+    at all p = first + j of the group that are not less than `given`; what is there already stays as it is. What the
+    step of the generation decides lies on the device, and a replay reads it anew.
+
+    Args:
+        tokens: `[B, N]` int64 with unit stride along N, changed in place.
+        logits: `[B, G, K]` contiguous as those of `draw_tokens`; with guidance `[2 B, G, K]`, the second half
+            unconditional.
+        seeds: `[B]` int64.
+        first: `[]` int64, the position of the group's first token, 0 to N - G.
+        scales: `[steps]` floating, the guidance of every step; read with guidance only, where 1 means the conditional
+            logits themselves.
+        given: `[]` int64, the number of tokens that are given instead of drawn.
+        temperature: as in `draw_tokens`; so are the rest.
+        top_k: see `draw_tokens`.
+        top_p: see `draw_tokens`.
+        greedy: see `draw_tokens`.
+
+    Raises:
+        TypeError: `logits` or `scales` is not floating, or one of the others is not an integer tensor.
+        ValueError: shapes, dtypes or devices do not agree, or an option is out of range. Values of tensors are looked
+            at in CPU memory only.
+    """
+    _check_logits(logits)
+    for name, tensor in (("tokens", tokens), ("seeds", seeds), ("first", first), ("given", given)):
+        _check_integers(name, tensor)
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64, got {tensor.dtype}")
+    _check_floating("scales", scales)
+    if tokens.ndim != 2 or (tokens.shape[1] > 1 and tokens.stride(1) != 1):
+        raise ValueError(f"tokens must have shape [B, N] with unit stride along N, got {list(tokens.shape)}")
+    batch, length = tokens.shape
+    if logits.ndim != 3 or len(logits) not in (batch, 2 * batch) or not logits.is_contiguous():
+        raise ValueError(
+            f"logits must be contiguous of shape [{batch}, G, K] or [{2 * batch}, G, K], got {list(logits.shape)}"
+        )
+    if not 1 <= logits.shape[1] <= length:
+        raise ValueError(f"logits must be those of 1 to {length} tokens, got {logits.shape[1]}")
+    for name, tensor, shape in (("seeds", seeds, [batch]), ("first", first, []), ("given", given, [])):
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {list(tensor.shape)}")
+    if scales.ndim != 1 or len(scales) * logits.shape[1] < length:
+        steps = -(-length // logits.shape[1])
+        raise ValueError(f"scales must have shape [steps] with at least {steps} steps, got {list(scales.shape)}")
+    for name, tensor in (("tokens", tokens), ("seeds", seeds), ("first", first), ("scales", scales), ("given", given)):
+        if tensor.device != logits.device:
+            raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {tensor.device}")
+    last = length - logits.shape[1]
+    if first.device.type == "cpu" and not 0 <= first <= last:
+        raise ValueError(f"first must lie from 0 to {last}, got {int(first)}")
+    _check_temperature(temperature)
+    _check_filters(top_k, top_p, logits.shape[-1])
+    ops.draw_group(tokens, logits, seeds, first, scales, given, float(temperature), top_k, float(top_p), greedy)
 
 
 def _check_integers(name: str, x: object) -> None:
@@ -218,6 +288,11 @@ def _check_pair(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 def _check_finite(name: str, number: float) -> None:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not 0 < _as_fp32(temperature) < math.inf:
+        raise ValueError(f"temperature must be finite and positive, got {temperature}; greedy=True is its limit at 0")
 
 
 def _as_fp32(number: float) -> float:

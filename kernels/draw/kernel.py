@@ -1,7 +1,7 @@
-"""The Triton kernel of the sampling head, and its launch.
+"""The Triton kernels of the sampling head, and their launches.
 
-One program draws one row. It holds no sorted codes: the border of top-k and that of top-p are found by bisection on the
-bits of the logits, which sort like the logits themselves. Tempered logits are not positive, so a code's key is its
+One program draws one code. It holds no sorted codes: the border of top-k and that of top-p are found by bisection on
+the bits of the logits, which sort like the logits themselves. Tempered logits are not positive, so a code's key is its
 distance below the best, an fp32 number whose bits read as an integer: 0 for the best, more for less likely codes,
 that of infinity for codes that cannot be drawn.
 """
@@ -9,6 +9,7 @@ that of infinity for codes that cannot be drawn.
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import torch
 import triton
@@ -31,8 +32,9 @@ def _mixed(p_cond, p_uncond, guidance, i_chunk, K: tl.constexpr, BLOCK: tl.const
     b_logit = tl.load(p_cond + o_code, mask=m_code, other=0.0).to(tl.float32)
     if GUIDED:
         b_uncond = tl.load(p_uncond + o_code, mask=m_code, other=0.0).to(tl.float32)
-        b_logit = b_uncond + guidance * (b_logit - b_uncond)
-        b_logit = b_logit.to(p_cond.dtype.element_ty).to(tl.float32)
+        b_mixed = b_uncond + guidance * (b_logit - b_uncond)
+        b_mixed = b_mixed.to(p_cond.dtype.element_ty).to(tl.float32)
+        b_logit = tl.where(guidance == 1.0, b_logit, b_mixed)
     return tl.where(m_code, b_logit, float("-inf"))
 
 
@@ -94,15 +96,11 @@ def _gumbel(b_u):
     return -tl.log(-tl.log(b_u))
 
 
-@triton.jit(do_not_specialize=["position", "top_k", "top_p_bits"])
-def draw_fwd_kernel(
-    p_logits,  # [B, K], rows `stride_logits` apart
-    p_unconditional,  # as p_logits; only read with GUIDED
-    p_seeds,  # [B] integers
-    p_position,  # [] int64; only read with POSITION_ON_DEVICE
-    p_tokens,  # [B] int64
-    stride_logits,
-    stride_unconditional,
+@triton.jit
+def _draw(
+    p_cond,  # [K]
+    p_uncond,  # [K]; only read with GUIDED
+    seed,
     position,
     guidance,
     temperature,
@@ -114,15 +112,12 @@ def draw_fwd_kernel(
     GREEDY: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
-    POSITION_ON_DEVICE: tl.constexpr,
     SCALE: tl.constexpr,
     MARGIN: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
+    """The code drawn from one row of logits."""
     CHUNKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
     o_block = tl.arange(0, BLOCK)
-    p_cond = p_logits + i_row * stride_logits
-    p_uncond = p_unconditional + i_row * stride_unconditional
 
     b_logit = _mixed(p_cond, p_uncond, guidance, 0, K, BLOCK, GUIDED)
     best, code = tl.max(b_logit, axis=0, return_indices=True)
@@ -134,11 +129,7 @@ def draw_fwd_kernel(
 
     if not GREEDY:
         b_held = tl.div_rn(b_logit - best, temperature)
-        seed = tl.load(p_seeds + i_row).to(tl.int64)
-        if POSITION_ON_DEVICE:
-            first = tl.load(p_position).to(tl.int64) * K
-        else:
-            first = position.to(tl.int64) * K
+        first = position * K
 
         # The k-th best key lies above `low` and not above `key_k`; once no other code lies there, the exact key of the
         # k-th best changes nothing.
@@ -224,13 +215,103 @@ def draw_fwd_kernel(
                 code = tl.where(chunk_top > exact_top, i_chunk * BLOCK + chunk_code, code)
                 exact_top = tl.maximum(exact_top, chunk_top)
 
-    # A row with NaN has no best code; what is written for it is at least a code.
-    tl.store(p_tokens + i_row, tl.minimum(code, K - 1).to(tl.int64))
+    # A row with NaN has no best code; what is given for it is at least a code.
+    return tl.minimum(code, K - 1).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["position", "top_k", "top_p_bits"])
+def draw_fwd_kernel(
+    p_logits,  # [B, K], rows `stride_logits` apart
+    p_unconditional,  # as p_logits; only read with GUIDED
+    p_seeds,  # [B] integers
+    p_position,  # [] int64; only read with POSITION_ON_DEVICE
+    p_tokens,  # [B] int64
+    stride_logits,
+    stride_unconditional,
+    position,
+    guidance,
+    temperature,
+    top_k,
+    top_p_bits,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GUIDED: tl.constexpr,
+    GREEDY: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    POSITION_ON_DEVICE: tl.constexpr,
+    SCALE: tl.constexpr,
+    MARGIN: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    if POSITION_ON_DEVICE:
+        place = tl.load(p_position)
+    else:
+        place = position.to(tl.int64)
+    code = _draw(
+        p_logits + i_row * stride_logits, p_unconditional + i_row * stride_unconditional,
+        tl.load(p_seeds + i_row).to(tl.int64), place, guidance, temperature, top_k, top_p_bits,
+        K, BLOCK, GUIDED, GREEDY, TOP_K, TOP_P, SCALE, MARGIN,
+    )  # fmt: skip
+    tl.store(p_tokens + i_row, code)
+
+
+@triton.jit(do_not_specialize=["batch", "group", "top_k", "top_p_bits"])
+def draw_group_fwd_kernel(
+    p_tokens,  # [B, N] int64
+    p_logits,  # [B, G, K], with GUIDED [2 B, G, K]
+    p_seeds,  # [B] int64
+    p_first,  # [] int64
+    p_scales,  # [steps]; only read with GUIDED
+    p_given,  # [] int64
+    stride_tokens,
+    batch,
+    group,
+    temperature,
+    top_k,
+    top_p_bits,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GUIDED: tl.constexpr,
+    GREEDY: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    SCALE: tl.constexpr,
+    MARGIN: tl.constexpr,
+):
+    i_image = tl.program_id(0).to(tl.int64) // group
+    i_place = tl.program_id(0).to(tl.int64) % group
+    first = tl.load(p_first)
+    position = first + i_place
+    if position >= tl.load(p_given):
+        guidance = 1.0
+        if GUIDED:
+            guidance = tl.load(p_scales + first // group).to(tl.float32)
+        code = _draw(
+            p_logits + (i_image * group + i_place) * K, p_logits + ((batch + i_image) * group + i_place) * K,
+            tl.load(p_seeds + i_image), position, guidance, temperature, top_k, top_p_bits,
+            K, BLOCK, GUIDED, GREEDY, TOP_K, TOP_P, SCALE, MARGIN,
+        )  # fmt: skip
+        tl.store(p_tokens + i_image * stride_tokens + position, code)
 
 
 def weight_scale(codes: int) -> float:
     """What the best code weighs: as much as lets the weights of a row add up in 63 bits."""
     return 2.0 ** (62 - (codes - 1).bit_length())
+
+
+def _options(codes: int, top_k: int, top_p: float, greedy: bool, config: DrawConfig | None) -> dict[str, Any]:
+    """Constants and options of a launch that follow from how is drawn."""
+    config = config or draw_config(codes)
+    # No fused multiply-add: mixing then rounds as the reference does.
+    return {
+        "K": codes, "BLOCK": config.block, "GREEDY": greedy, "TOP_K": 0 < top_k < codes, "TOP_P": 0 < top_p < 1,
+        "SCALE": weight_scale(codes), "MARGIN": MARGIN, "num_warps": config.warps, "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
+def _bits(number: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", number))[0]
 
 
 def launch(
@@ -250,15 +331,35 @@ def launch(
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
     if batch == 0:
         return tokens
-    config = config or draw_config(codes)
     other = logits if unconditional is None else unconditional
     on_device = isinstance(position, Tensor)
-    # No fused multiply-add: mixing then rounds as the reference does.
     draw_fwd_kernel[(batch,)](
         logits, other, seeds, position if on_device else seeds, tokens, logits.stride(0), other.stride(0),
-        0 if on_device else position, guidance, temperature, top_k, struct.unpack("<q", struct.pack("<d", top_p))[0],
-        K=codes, BLOCK=config.block, GUIDED=unconditional is not None, GREEDY=greedy, TOP_K=0 < top_k < codes,
-        TOP_P=0 < top_p < 1, POSITION_ON_DEVICE=on_device, SCALE=weight_scale(codes), MARGIN=MARGIN,
-        num_warps=config.warps, enable_fp_fusion=False,
+        0 if on_device else position, guidance, temperature, top_k, _bits(top_p),
+        GUIDED=unconditional is not None, POSITION_ON_DEVICE=on_device,
+        **_options(codes, top_k, top_p, greedy, config),
     )  # fmt: skip
     return tokens
+
+
+def launch_group(
+    tokens: Tensor,
+    logits: Tensor,
+    seeds: Tensor,
+    first: Tensor,
+    scales: Tensor,
+    given: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    greedy: bool,
+    config: DrawConfig | None = None,
+) -> None:
+    # [B, N] with unit stride along N, [B or 2 B, G, K] contiguous, [B], [], [steps], []
+    batch, (rows, group, codes) = len(tokens), logits.shape
+    if batch == 0:
+        return
+    draw_group_fwd_kernel[(batch * group,)](
+        tokens, logits, seeds, first, scales, given, tokens.stride(0), batch, group, temperature, top_k, _bits(top_p),
+        GUIDED=rows > batch, **_options(codes, top_k, top_p, greedy, config),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The sampling head as a PyTorch operator: the Triton kernel on a GPU, the reference elsewhere and for fp64."""
+"""The sampling head as PyTorch operators: the Triton kernels on a GPU, the reference elsewhere and for fp64."""
 
 from __future__ import annotations
 
@@ -47,6 +47,34 @@ def draw_tokens(
 @draw_tokens.register_fake
 def _(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+@torch.library.custom_op("spectralar::draw_group", mutates_args=("tokens",))
+def draw_group(
+    tokens: Tensor,
+    logits: Tensor,
+    seeds: Tensor,
+    first: Tensor,
+    scales: Tensor,
+    given: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    greedy: bool,
+) -> None:
+    if not runs_kernels(logits):
+        reference.draw_group(
+            tokens, logits, seeds, first, scales, given,
+            temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy,
+        )  # fmt: skip
+        return
+    with torch.cuda.device_of(logits):
+        kernel.launch_group(tokens, logits, seeds, first, scales, given, temperature, top_k, top_p, greedy)
+
+
+@draw_group.register_fake
+def _(*_: Any) -> None:
+    return None
 
 
 def _unit_stride(rows: Tensor) -> Tensor:

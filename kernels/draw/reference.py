@@ -50,11 +50,12 @@ def gumbel_noise(seeds: Tensor, position: int | Tensor, codes: int) -> Tensor:
     return (-(-uniform.log()).log()).float()
 
 
-def mix_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    if scale == 1.0:
+def mix_guidance(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    if not isinstance(scale, Tensor) and scale == 1.0:
         return conditional
     cond, uncond = _upcast(conditional), _upcast(unconditional)
-    return (uncond + scale * (cond - uncond)).to(conditional.dtype)
+    mixed = (uncond + scale * (cond - uncond)).to(conditional.dtype)
+    return torch.where(scale == 1.0, conditional, mixed) if isinstance(scale, Tensor) else mixed
 
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 0.0) -> Tensor:
@@ -92,6 +93,33 @@ def draw_tokens(
     tempered = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     filtered = filter_logits(tempered, top_k=top_k, top_p=top_p)
     return (filtered + gumbel_noise(seeds, position, logits.shape[-1])).argmax(dim=-1)
+
+
+def draw_group(
+    tokens: Tensor,
+    logits: Tensor,
+    seeds: Tensor,
+    first: Tensor,
+    scales: Tensor,
+    given: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    greedy: bool = False,
+) -> None:
+    # [B, N], [B or 2 B, G, K], [B], [], [steps], []
+    batch, group = len(tokens), logits.shape[1]
+    if len(logits) > batch:
+        scale = scales.index_select(0, (first // group)[None])[0]
+        logits = mix_guidance(logits[:batch], logits[batch:], scale)
+    for j in range(group):
+        place = (first + j)[None]
+        drawn = draw_tokens(
+            logits[:, j], seeds, place, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy
+        )
+        held = tokens.index_select(1, place)
+        tokens.index_copy_(1, place, torch.where(place < given, held, drawn[:, None]))
 
 
 def _upcast(x: Tensor) -> Tensor:

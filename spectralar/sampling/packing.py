@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectralar.config import GeneratorConfig
 from spectralar.generator import SpectralGenerator
 from spectralar.generator.model import Block
 from spectralar.kernels.decode import DecodeState, DecodeWeights
@@ -43,13 +47,76 @@ def pack(generator: SpectralGenerator) -> DecodeWeights:
     )
 
 
+@dataclass(frozen=True)
+class ClassTables:
+    """What decoding needs to know of every class, "no class" last: C = classes + 1 rows, computed once for all.
+
+    A table is read where a product with the AdaLN weights would be computed: for every generation, and for a different
+    number of rows each time, whose rounding could differ.
+
+    Attributes:
+        start: `[C, W]`, class rows.
+        modulations: `[L, C, 6, W]`, of the blocks.
+        head_modulation: `[C, 2, W]`.
+    """
+
+    start: Tensor
+    modulations: Tensor
+    head_modulation: Tensor
+
+
 @torch.no_grad()
-def begin(generator: SpectralGenerator, state: DecodeState, classes: Tensor) -> None:
+def class_tables(generator: SpectralGenerator) -> ClassTables:
+    """The tables of all classes, in the generator's dtype and on its device."""
+    condition = generator.class_table.weight.detach()
+    blocks = [block for block in generator.blocks if isinstance(block, Block)]
+    return ClassTables(
+        start=condition.clone(),
+        modulations=torch.stack([block.modulation(condition) for block in blocks]),
+        head_modulation=generator.head_adaln(F.silu(condition)).unflatten(-1, (2, -1)),
+    )
+
+
+def begin(tables: ClassTables, state: DecodeState, classes: Tensor) -> None:
     """Writes what depends on the class alone, for rows of these classes `[R]`, and moves to the first position."""
-    condition = generator.class_table(classes)
-    state.start.copy_(condition)
-    for layer, block in enumerate(generator.blocks):
-        assert isinstance(block, Block)
-        state.modulations[layer].copy_(block.modulation(condition))
-    state.head_modulation.copy_(generator.head_adaln(F.silu(condition)).unflatten(-1, (2, -1)))
+    torch.index_select(tables.start, 0, classes, out=state.start)
+    torch.index_select(tables.modulations, 1, classes, out=state.modulations)
+    torch.index_select(tables.head_modulation, 0, classes, out=state.head_modulation)
     state.first.zero_()
+
+
+_ROUNDING = 2**24
+"""What the allocator may round up for a batch, and what a kernel may need for itself."""
+
+
+class Memory(NamedTuple):
+    """Bytes that sampling needs beside the models: for all batches together, and for each that runs."""
+
+    weights: int
+    batch: int
+
+
+def memory_needed(config: GeneratorConfig, images: int, guided: bool, dtype: torch.dtype = torch.bfloat16) -> Memory:
+    """Bytes of packed weights and class tables, and of the buffers of a batch, at most.
+
+    Args:
+        config: of the generator.
+        images: images that are drawn together, as many as the batch is filled up to.
+        guided: with guidance, which doubles the rows.
+        dtype: of the weights.
+    """
+    width, depth, codes, group = config.width, config.depth, config.codebook_size, config.group
+    size, wide = dtype.itemsize, max(dtype.itemsize, 4)
+    rows = images * (2 if guided else 1)
+    of_a_class = (6 * depth + 3) * width
+    block = 12 * width**2 + 9 * width
+    ends = 2 * codes * width + codes + (config.tokens + group) * width
+    weights = (depth * block + ends + (config.classes + 1) * of_a_class) * size + depth * config.heads * wide
+    cache = 2 * depth * config.tokens * width
+    activations = 8 * group * width
+    between_blocks = group * (width + codes)
+    # The plain twin of the attention copies the keys and values of a block, once or twice each.
+    copies = 3 * config.tokens * width
+    buffers = rows * ((of_a_class + cache + activations) * size + (between_blocks + copies) * wide)
+    numbers = 8 * (images * (config.tokens + 1) + rows + config.steps + 2)
+    return Memory(weights, buffers + numbers + _ROUNDING)

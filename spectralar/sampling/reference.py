@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ class ReferenceBackend:
         self.generator = generator
 
     @torch.inference_mode()
-    def steps(self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor) -> Iterator[Tensor]:
-        """Yields the tokens of each group, `[B, group]`, until the sequence ends or the caller stops.
+    def steps(
+        self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor
+    ) -> Generator[Tensor, None, None]:
+        """Yields the tokens so far `[B, n]` after each group, until the sequence ends or the caller stops.
 
         Args:
             classes: `[B]` int64.
@@ -28,31 +30,30 @@ class ReferenceBackend:
             settings: see `SamplingSettings`.
             prefix: `[B, m]` int64 tokens that are given instead of drawn; m may be 0.
         """
-        config = self.generator.config
+        config, device = self.generator.config, self.generator.device
+        classes, seeds = classes.to(device), seeds.to(device)
         batch, given = prefix.shape
         guided = settings.guidance != 1.0
         rows = torch.cat([classes, torch.full_like(classes, config.classes)]) if guided else classes
         state = self.generator.start(rows)
+        tokens = torch.empty(batch, config.tokens, dtype=torch.int64, device=device)
+        tokens[:, :given] = prefix
         previous: Tensor | None = None
         for step, scale in enumerate(settings.guidance_scales(config.steps)):
             logits = self.generator.step(state, previous)  # [B or 2B, group, K]
-            tokens = torch.empty(batch, config.group, dtype=torch.int64, device=classes.device)
-            for j in range(config.group):
-                position = step * config.group + j
-                tokens[:, j] = (
-                    prefix[:, position]
-                    if position < given
-                    else draw_tokens(
-                        logits[:batch, j],
-                        seeds,
-                        position,
-                        unconditional=logits[batch:, j] if guided else None,
-                        guidance=scale if guided else 1.0,
-                        temperature=settings.temperature,
-                        top_k=settings.top_k,
-                        top_p=settings.top_p,
-                        greedy=settings.greedy,
-                    )
+            first, end = step * config.group, (step + 1) * config.group
+            for position in range(max(first, given), end):
+                conditional, unconditional = logits[:batch, position - first], logits[batch:, position - first]
+                tokens[:, position] = draw_tokens(
+                    conditional,
+                    seeds,
+                    position,
+                    unconditional=unconditional if guided else None,
+                    guidance=scale if guided else 1.0,
+                    temperature=settings.temperature,
+                    top_k=settings.top_k,
+                    top_p=settings.top_p,
+                    greedy=settings.greedy,
                 )
-            yield tokens
-            previous = torch.cat([tokens, tokens]) if guided else tokens
+            yield tokens[:, :end]
+            previous = tokens[:, first:end].repeat(2 if guided else 1, 1)

@@ -79,11 +79,14 @@ class Decoder(nn.Module):
         self.head = build_pixel_head(config)
 
     def forward(self, codes: Tensor, prefix_lengths: Tensor | None = None) -> Tensor:  # [B, n, D]
+        return self.head(self.features(codes, prefix_lengths))  # [B, 3, S, S]
+
+    def features(self, codes: Tensor, prefix_lengths: Tensor | None = None) -> Tensor:
+        """What the pixel head sees: `[B, n, D]` to `[B, G, G, W]`."""
         spectral = self.from_code(codes.to(self.from_code.weight.dtype)) + self.token_positions[: codes.shape[1]]
         mask_tokens = self.mask_token.expand(len(codes), self.patches, -1)
         image_rows, _ = self.vit(mask_tokens, spectral, prefix_lengths)
-        features = self.vit.norm_after(image_rows).unflatten(1, (self.grid, self.grid))
-        return self.head(features)  # [B, 3, S, S]
+        return self.vit.norm_after(image_rows).unflatten(1, (self.grid, self.grid))
 
 
 class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):

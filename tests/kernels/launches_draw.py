@@ -28,3 +28,9 @@ def sample_launches(capability: int = 90) -> None:
     launch(4096, greedy=True)
     position = torch.zeros((), dtype=torch.int64)
     kernel.launch(torch.zeros(ROWS, 4096), None, seeds, position, 1.0, 1.0, 0, 0.0, False)
+
+    for rows, dtype in ((2 * ROWS, torch.float32), (ROWS, torch.float32), (2 * ROWS, torch.float64)):
+        tokens, scales = torch.zeros(ROWS, 8, dtype=torch.int64), torch.ones(4, dtype=dtype)
+        kernel.launch_group(
+            tokens, torch.zeros(rows, 2, 4096), seeds, position, scales, position, 1.0, 10, 0.5, False
+        )  # fmt: skip

@@ -332,3 +332,28 @@ def test_bytes_of_a_cached_step() -> None:
     state = model.start(torch.tensor([0, 1, 2]))
     assert config.cache_bytes(3, 4) == state.keys.nbytes + state.values.nbytes
     assert config.cache_bytes(3) == config.cache_bytes(3, 4) // 2
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_the_flops_and_bytes_of_a_generation_are_those_of_its_steps(group: int) -> None:
+    config = GeneratorConfig(depth=2, tokens=16, group=group, codebook_size=64, classes=3)
+    model = SpectralGenerator(config).eval()
+    state = model.start(torch.tensor([0, 1, 2]))
+    previous = None
+    flops = cached = 0
+    for step in range(config.steps):
+        flops += counted_flops(lambda: model.step(state, previous))  # noqa: B023 - called here and nowhere else
+        previous = torch.zeros(3, group, dtype=torch.int64)
+        # Read what is there, write the group's own.
+        for held in (state.keys, state.values):
+            cached += held[:, :, : step * group].numel() + held[:, :, step * group : (step + 1) * group].numel()
+    assert config.decode_flops(3) == flops
+    assert config.cache_traffic(3, 4) == 4 * cached
+    assert config.decode_bytes(3) == config.steps * config.decode_weight_bytes() + 2 * cached
+
+
+@pytest.mark.parametrize("head", ["direct", "vqgan"])
+def test_decoding_is_a_part_of_the_tokenizer_s_flops(head: Any) -> None:
+    config = TokenizerConfig(encoder=VIT_SIZES["small"], pixel_head=head)
+    patches = 2 * 256 * 3 * 16**2 * 512
+    assert config.flops() - config.decode_flops() == VIT_SIZES["small"].flops(1 + 256 + 64) + patches

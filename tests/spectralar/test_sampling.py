@@ -274,15 +274,17 @@ def test_errors_of_options(model: SpectralAR, options: dict[str, Any], message: 
 
 
 def test_errors_of_the_sampler(make_generator: Make, make_tokenizer: Make) -> None:
-    with pytest.raises(ValueError, match="backend must be reference, not 'fused'"):
-        Sampler(make_generator(), backend="fused")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, graph, fused, not 'eager'"):
+        Sampler(make_generator(), backend="eager")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="generator and tokenizer disagree on tokens: 8 and 4"):
         Sampler(make_generator(), make_tokenizer(tokens=4))
     with pytest.raises(ValueError, match="generator and tokenizer disagree on codebook_size: 32 and 16"):
         Sampler(make_generator(), make_tokenizer(codebook_size=16))
     step = next(iter(Sampler(make_generator()).stream([0], [0])))
-    with pytest.raises(ValueError, match="this sampler has no tokenizer"):
-        step.images()
+    sampler = Sampler(make_generator())
+    for pictured in (step.images, lambda: sampler.pictures(step.tokens), lambda: sampler.generate([0], [0])):
+        with pytest.raises(ValueError, match="this sampler has no tokenizer"):
+            pictured()
 
 
 def test_tokens_at_rest_are_a_good_prefix(generator: SpectralGenerator) -> None:

@@ -1,0 +1,286 @@
+"""Sampling from CUDA graphs: one recorded step, replayed for every group of tokens; then the pixels in one more graph.
+
+Nothing on the host depends on the position, and nothing waits for the GPU. On a CPU the same code runs unrecorded.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectralar.generator import SpectralGenerator
+from spectralar.images import to_uint8
+from spectralar.kernels import decode, vq
+from spectralar.kernels.decode import DecodeState, DecodeWeights
+from spectralar.kernels.decode import reference as twins
+from spectralar.kernels.draw import draw_group
+from spectralar.pixels import FusedVQGAN
+from spectralar.sampling.graphs import Pool, Recording
+from spectralar.sampling.packing import ClassTables, begin, class_tables, memory_needed, pack
+from spectralar.sampling.settings import SamplingSettings
+from spectralar.tokenizer import SpectralTokenizer
+from spectralar.tokenizer.heads import ProxyCodeHead
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Sizes of the batches that are recorded; a batch is filled up to the next, and a longer list is cut."""
+
+PIXEL_BATCH = 256
+"""The most images whose pixels are made at once: 256 fill a GPU, and the maps of a convolutional head are large."""
+
+Step = Literal["graph", "fused"]
+STEPS: dict[Step, Callable[[DecodeWeights, DecodeState], None]] = {
+    "graph": twins.decode_step,
+    "fused": decode.decode_step,
+}
+"""How a step is computed: plain PyTorch operations, or fused kernels."""
+
+_KINDS = 8
+"""Recorded steps of a batch for different filters and temperatures; a service has few."""
+
+
+def bucket(images: int) -> int:
+    """The size that a batch is filled up to."""
+    return BUCKETS[bisect.bisect_left(BUCKETS, images)]
+
+
+class CapturedBackend:
+    """Draws batches of up to 1,024 images from recorded steps; equals `ReferenceBackend` but for rounding.
+
+    It works on a copy of the weights in the order in which steps read them, which is brought up to date before a
+    generation when a parameter was replaced, moved or changed in place. Changes that leave no trace, by a CUDA graph or
+    through `.data`, need a new sampler.
+
+    Args:
+        generator: stays on its device and keeps its dtype.
+        step: see `STEPS`.
+        pool: for the buffers.
+        stride: steps recorded in one graph, a divisor of all; what is drawn can be seen after each graph.
+
+    Raises:
+        ValueError: a stride that does not divide the steps.
+    """
+
+    def __init__(self, generator: SpectralGenerator, step: Step, pool: Pool, *, stride: int = 1) -> None:
+        if stride < 1 or generator.config.steps % stride:
+            raise ValueError(f"stride must divide the {generator.config.steps} steps, not {stride}")
+        self.generator, self.stride = generator, stride
+        self._step, self._pool = STEPS[step], pool
+        self._lock = threading.Lock()
+        self._packed: tuple[DecodeWeights, ClassTables] | None = None
+        self._seen: list[tuple[int, int]] = []
+
+    @torch.inference_mode()
+    def steps(
+        self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor
+    ) -> Generator[Tensor, None, None]:
+        """See `ReferenceBackend.steps`; the tensors are views of a buffer that the next step changes.
+
+        Raises:
+            torch.OutOfMemoryError: the buffers do not fit; raised before they are allocated, with the numbers.
+        """
+        key = bucket(len(classes)), settings.guidance != 1.0
+        config = self.generator.config
+        packed = self._up_to_date(*key)
+        with self._pool.take(("tokens", *key), partial(self._allocate, packed, *key)) as batch:
+            step = batch.recorded(settings)
+            batch.begin(classes, seeds, settings.guidance_scales(config.steps), prefix)
+            stride = self.stride * config.group
+            for drawn in range(stride, config.tokens + 1, stride):
+                step()
+                yield batch.state.tokens[: len(classes), :drawn]
+
+    def _up_to_date(self, images: int, guided: bool) -> tuple[DecodeWeights, ClassTables]:
+        seen = _traces(self.generator)
+        with self._lock:
+            if self._packed is None:
+                generator = self.generator
+                needed = memory_needed(generator.config, images, guided, generator.positions.dtype)
+                _check_memory(needed.weights + needed.batch, "weights and buffers", images, generator.device)
+                self._packed = pack(generator), class_tables(generator)
+            elif seen != self._seen:
+                weights, tables = self._packed
+                _overwrite(weights, pack(self.generator))
+                _overwrite(tables, class_tables(self.generator))
+            self._seen = seen
+            return self._packed
+
+    def _allocate(self, packed: tuple[DecodeWeights, ClassTables], images: int, guided: bool) -> _Batch:
+        generator = self.generator
+        needed = memory_needed(generator.config, images, guided, generator.positions.dtype)
+        _check_memory(needed.batch, "buffers", images, generator.device)
+        return _Batch(*packed, images, guided, self._step, self.stride)
+
+
+class _Batch:
+    """Buffers of a batch with its recorded steps. Row `classes` of a class table, "no class", fills it up."""
+
+    def __init__(
+        self,
+        weights: DecodeWeights,
+        tables: ClassTables,
+        images: int,
+        guided: bool,
+        step: Callable[[DecodeWeights, DecodeState], None],
+        stride: int,
+    ) -> None:
+        rows, device = images * (2 if guided else 1), weights.qkv.device
+        self._weights, self._step, self._stride = weights, step, stride
+        self._no_class = len(tables.start) - 1
+        self.state = DecodeState.allocate(weights, images, rows)
+        # Images that fill the batch up get no prefix, and a step reads what stands in its place: it must be codes.
+        self.state.tokens.zero_()
+        self._rows = torch.full((rows,), self._no_class, device=device)
+        self._seeds = torch.zeros(images, dtype=torch.int64, device=device)
+        self._scales = torch.ones(weights.length // weights.group, dtype=self.state.logits.dtype, device=device)
+        self._given = torch.zeros((), dtype=torch.int64, device=device)
+        self._begin = Recording(lambda: begin(tables, self.state, self._rows), device)
+        self._recorded: dict[SamplingSettings, Recording] = {}
+
+    def begin(self, classes: Tensor, seeds: Tensor, scales: list[float], prefix: Tensor) -> None:
+        """Fills in the images of one generation and goes to its start."""
+        self._rows.copy_(F.pad(classes, (0, len(self._rows) - len(classes)), value=self._no_class))
+        self._seeds.copy_(F.pad(seeds, (0, len(self._seeds) - len(seeds))))
+        self._scales.copy_(torch.tensor(scales, dtype=torch.float64))
+        self._given.fill_(prefix.shape[1])
+        self.state.tokens[: len(prefix), : prefix.shape[1]] = prefix.to(self._rows.device)
+        self._begin()
+
+    def recorded(self, settings: SamplingSettings) -> Recording:
+        """The step with these filters and this temperature, recorded at their first use. Comes before `begin`."""
+        # Guidance is read from a tensor.
+        kind = dataclasses.replace(settings, guidance=1.0, guidance_schedule="constant")
+        if kind not in self._recorded:
+            if len(self._recorded) == _KINDS:
+                del self._recorded[next(iter(self._recorded))]
+            self.state.first.zero_()
+            self._recorded[kind] = Recording(partial(self._draw, kind), self._rows.device)
+        return self._recorded[kind]
+
+    def _draw(self, kind: SamplingSettings) -> None:
+        state = self.state
+        for _ in range(self._stride):
+            self._step(self._weights, state)
+            draw_group(
+                state.tokens, state.logits, self._seeds, state.first, self._scales, self._given,
+                temperature=kind.temperature, top_k=kind.top_k, top_p=kind.top_p, greedy=kind.greedy,
+            )  # fmt: skip
+            state.first.add_(self._weights.group)
+
+
+class CapturedPixels:
+    """Pictures from tokens by the tokenizer's decoder, a graph for each number of images and tokens.
+
+    Graphs read the tokenizer's own weights, so changes in place need nothing; weights that were replaced or moved are
+    noticed. The convolutional decoder behind proxy codes is a copy (`FusedVQGAN`), made anew when its weights change in
+    any way. A picture may differ in single levels from that of another batch, as products round differently.
+
+    Args:
+        tokenizer: decodes the tokens.
+        pool: for the buffers.
+    """
+
+    def __init__(self, tokenizer: SpectralTokenizer, pool: Pool) -> None:
+        self.tokenizer, self._pool = tokenizer, pool
+        self._lock = threading.Lock()
+        self._seen: list[tuple[int, int]] = []
+        self._head: Head | None = None
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """`[B, n]` int64 in 0..codebook_size - 1, not checked, to `[B, 3, S, S]` uint8."""
+        head = self._up_to_date()
+        places = tuple(place for place, _ in _traces(self.tokenizer))
+        parts = []
+        for part in tokens.split(PIXEL_BATCH):
+            shape = bucket(len(part)), part.shape[1]
+            make = partial(_Pixels, self.tokenizer, head, *shape)
+            with self._pool.take(("pixels", shape, places, head), make) as batch:
+                batch.tokens[: len(part)] = part
+                batch.run()
+                parts.append(batch.images[: len(part)].clone())
+        return torch.cat(parts)
+
+    def _up_to_date(self) -> Head:
+        head = self.tokenizer.decoder.head
+        seen = _traces(head) if isinstance(head, ProxyCodeHead) else []
+        with self._lock:
+            if self._head is None or seen != self._seen:
+                self._head = _quick(head) if isinstance(head, ProxyCodeHead) else partial(_plain, head)
+                self._seen = seen
+            return self._head
+
+
+Head = Callable[[Tensor], Tensor]
+"""Features of the decoder `[B, G, G, W]` to pictures `[B, 3, S, S]` uint8."""
+
+
+def _plain(head: nn.Module, features: Tensor) -> Tensor:
+    return to_uint8(head(features))
+
+
+def _quick(head: ProxyCodeHead) -> Head:
+    fused = FusedVQGAN(head.vqgan, head.vqgan.codebook.dtype)
+    return lambda features: fused.to_uint8(head.vectors(features))
+
+
+class _Pixels:
+    """Tokens of a batch, and its pictures once `run` is done."""
+
+    images: Tensor
+
+    def __init__(self, tokenizer: SpectralTokenizer, head: Head, images: int, length: int) -> None:
+        self._tokenizer, self._head = tokenizer, head
+        self.tokens = torch.zeros(images, length, dtype=torch.int64, device=tokenizer.device)
+        self.run = Recording(self._decode, tokenizer.device)
+
+    def _decode(self) -> None:
+        tokenizer = self._tokenizer
+        codes = vq.lookup(self.tokens, tokenizer.codebook, normalize=tokenizer.config.normalize_codes)
+        self.images = self._head(tokenizer.decoder.features(codes))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that PyTorch can still allocate; without bound off the GPU, where nobody knows."""
+    if device.type != "cuda":
+        return math.inf
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def _check_memory(needed: int, what: str, images: int, device: torch.device) -> None:
+    free = free_memory(device)
+    if needed > free:
+        raise torch.OutOfMemoryError(
+            f"{what} for {images} images at once need {needed / 2**20:,.0f} MiB, "
+            f"but {free / 2**20:,.0f} MiB are free on {device}"
+        )
+
+
+def _overwrite(held: DecodeWeights | ClassTables, new: DecodeWeights | ClassTables) -> None:
+    """In place, so that graphs that read the old tensors stay valid."""
+    for field in dataclasses.fields(held):
+        getattr(held, field.name).copy_(getattr(new, field.name))
+
+
+def _traces(module: nn.Module) -> list[tuple[int, int]]:
+    """Address and version of every weight: what changes when it is replaced, moved or changed in place."""
+    # By hand: `parameters()` takes as long as two steps of a small batch.
+    found: list[tuple[int, int]] = []
+    stack = [module]
+    while stack:
+        module = stack.pop()
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                # Tensors made in inference mode have no versions.
+                found.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))
+        stack += [child for child in module._modules.values() if child is not None]
+    return found
