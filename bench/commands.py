@@ -1,4 +1,4 @@
-"""The command `spectralar bench kernels`."""
+"""The commands `spectralar bench kernels` and `spectralar bench sampler`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from spectralar.bench.ceilings import measure_ceilings
 from spectralar.bench.plots import SWEEPS, draw, measure_sweep
 from spectralar.bench.record import RESULTS, append, line_of, provenance
 from spectralar.bench.report import print_ceilings, print_measurement
+from spectralar.bench.sampler import BATCHES, PRESETS, sampling_cases
+from spectralar.bench.sampler_measure import SamplingMeasurement, measure_sampling
+from spectralar.bench.sampler_report import draw_latency, print_case, print_sampling, summary_of
 from spectralar.devices import auto_device
+from spectralar.sampling import BackendName
 
 CASES: tuple[Case, ...] = (*kernels_dct.CASES, *kernels_vq.CASES)
 
 
 class WrongResultError(RuntimeError):
-    """A kernel's result was outside of its error budget."""
+    """A result was outside of its error budget."""
 
 
 def bench_kernels_command(
@@ -92,6 +96,87 @@ def bench_kernels_command(
     print(json.dumps(_summary(done, left_out, wrong) | {"out": path and str(path), "plot": plot and str(plot)}))
     if wrong:
         raise WrongResultError(f"wrong results: {'; '.join(wrong)}")
+
+
+def bench_sampler_command(
+    presets: tuple[str, ...] = PRESETS,
+    batches: tuple[int, ...] = BATCHES,
+    backend: BackendName = "auto",
+    quick: bool = False,
+    seconds: float = 120,
+    out: Path | None = None,
+    plot: Path | None = None,
+    device: str = "auto",
+    commit: str = "",
+) -> None:
+    """Time whole generations with guidance, class to tokens and class to pixels, against this device's ceilings.
+
+    What was drawn is judged by fp32 before it is timed; a wrong result gets no time and no ratio, and the exit status
+    is 1. Other samplers run in turns with ours, and tables say where the time of a step goes. The last line of the
+    output is one JSON object. On a CPU the models are tiny and the figures are no measure of any target.
+
+    Args:
+        presets: of the generator; pixels are measured for the first, and for the targets.
+        batches: images at once, 1 to 1024.
+        backend: of our sampler: auto, reference, graph or fused.
+        quick: only the cases of the targets, without the peer that needs torch.compile.
+        seconds: about how long the whole may take; the cases of the targets come first, and what does not fit is
+            left out and named.
+        out: file to append the results to; on a GPU bench/results/sampler.jsonl of the checkout unless given.
+        plot: draw latency against batch into this file.
+        device: auto, cpu or cuda.
+        commit: recorded with the results where git can't be asked.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive, got {seconds}")
+    started = time.monotonic()
+    place = auto_device(device)
+    on_gpu = place.type == "cuda"
+    chosen = sampling_cases(presets, batches, backend)
+    if quick:
+        chosen = [case for case in chosen if case.target]
+    if not on_gpu:
+        # Several batches may become the same small one.
+        chosen = list(dict.fromkeys(case.small() for case in chosen))
+    console = Console()
+    console.width = max(console.width, 150)
+    origin = provenance(place, commit)
+    ceilings = measure_ceilings(place, min(2.0, seconds / 10))
+    print_ceilings(ceilings, origin, place, console)
+    path = out or (RESULTS / "sampler.jsonl" if on_gpu and RESULTS.is_dir() else None)
+    done: list[SamplingMeasurement] = []
+    left_out: list[str] = []
+    failed: list[str] = []
+    # Most of the time goes into models, recording and judging.
+    share = seconds / 4 / max(1, len(chosen))
+    for case in chosen:
+        left = seconds - (time.monotonic() - started)
+        if left < 0:
+            left_out.append(case.name)
+            continue
+        print_case(case, ceilings, console)
+        try:
+            m = measure_sampling(case, place, ceilings, share, compiled=not quick and left > seconds / 2)
+        except (RuntimeError, ValueError) as failure:
+            # One batch that does not fit says nothing of the others.
+            failed.append(case.name)
+            console.print(f"  failed: {failure}", highlight=False, soft_wrap=True, markup=False)
+        else:
+            done.append(m)
+            print_sampling(m, ceilings, console)
+            if path is not None:
+                append([line_of(m, origin)], path)
+        _release(place)
+    if left_out:
+        console.print(f"left out after {seconds:g} s: {'; '.join(left_out)}", highlight=False, soft_wrap=True)
+    if plot is not None and not draw_latency(done, origin, plot):
+        console.print("no picture: nothing was measured that it shows")
+        plot = None
+    wrong = [m.case.name for m in done if not m.right]
+    told = {"bench": "sampler", "cases": len(done), "wrong": wrong, "failed": failed, "left_out": left_out}
+    print(json.dumps(told | summary_of(done) | {"out": path and str(path), "plot": plot and str(plot)}))
+    if wrong or failed:
+        raise WrongResultError(f"wrong results: {'; '.join(wrong) or 'none'}; failed: {'; '.join(failed) or 'none'}")
 
 
 def _summary(done: list[Measurement], left_out: list[str], wrong: list[str]) -> dict[str, Any]:

@@ -1,0 +1,184 @@
+"""Measures one case of the sampler: judged first, then in turns with each rival, then where the time goes.
+
+A generation is timed from the call with lists of classes and seeds until the device is done, by the clock: what a user
+waits for, host and all. The weights of one step are many times as large as any cache, so nothing is gained by a rest.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from spectralar.bench.cases import Measurement, Missing, Peer, Rival
+from spectralar.bench.ceilings import Ceilings
+from spectralar.bench.sampler import SamplingCase, draws
+from spectralar.bench.sampler_split import Part, split_by_kernel, split_by_operation
+from spectralar.bench.sampler_truth import Drawn, Judge, Verdict
+from spectralar.bench.timing import Call, Inputs, Sampler, run_once, summarize
+from spectralar.sampling import memory_needed
+from spectralar.sampling.captured import bucket
+
+_FEWEST, _MOST = 3, 40
+# Without rivals there are no other rounds.
+_FEWEST_ALONE = 7
+
+
+@dataclass(frozen=True)
+class SamplingMeasurement(Measurement):
+    """A case of the sampler as it came out.
+
+    Attributes:
+        backend: of our sampler.
+        sampled, greedy: the verdicts on what ours drew with the case's settings, and without chance.
+        memory: most bytes that were allocated at once beside the models; None where nobody counts.
+        estimate: what the sampler says that it needs, where it says so.
+        kernels: where the time of one generation goes, by kernel.
+        operations: the same for one step, by operation of the fused backend.
+    """
+
+    backend: str
+    sampled: Verdict
+    greedy: Verdict
+    memory: int | None = None
+    estimate: int | None = None
+    kernels: tuple[Part, ...] = ()
+    operations: tuple[Part, ...] = ()
+
+
+def measure_sampling(
+    case: SamplingCase, device: torch.device, ceilings: Ceilings, seconds: float, *, compiled: bool = True
+) -> SamplingMeasurement:
+    """Judges our sampler, and if it is right times it and its peers for about `seconds` each.
+
+    Args:
+        case: what to measure.
+        device: where.
+        ceilings: rates of the device.
+        seconds: for the rounds of each peer, apart from recording, compiling and judging.
+        compiled: False leaves out the peers that need torch.compile.
+
+    Raises:
+        RuntimeError, ValueError: our sampler cannot run the case.
+    """
+    sampler = case.sampler(device, case.backend)
+    classes, seeds, settings = inputs = case.inputs
+    judge = Judge(sampler.generator, sampler.tokenizer, classes, seeds)
+    ours = draws(sampler)
+    drawn, first_call, memory = _first_call(ours, inputs, device)
+    sampled = judge(drawn)
+    greedy = judge(ours(classes, seeds, replace(settings, greedy=True)))
+    floor, ceiling = ceilings.floor(case.bytes(), case.flops(), case.arithmetic)
+    found = SamplingMeasurement(
+        case=case,
+        error=max(sampled.error, greedy.error),
+        ours=None,
+        rivals=(),
+        floor=floor,
+        ceiling=ceiling,
+        backend=sampler.backend,
+        sampled=sampled,
+        greedy=greedy,
+        memory=memory,
+        estimate=None if sampler.backend == "reference" or case.pixels != "none" else _estimate(case),
+    )
+    if not found.right:
+        return found
+    own = latency(ours, inputs, device, first_call)
+    samples: list[float] = []
+    rivals = []
+    for peer in case.peers(device):
+        if peer.compiled and not compiled:
+            rivals.append(Rival(peer.name, peer.role, reason="left out, for compiling takes long"))
+            continue
+        rivals.append(_rival(peer, judge, inputs, device, own, samples, seconds))
+        release(device)
+    for _ in range(len(samples), max(_FEWEST_ALONE, _rounds(own.seconds, seconds))):
+        samples.append(own.sample())
+    found = replace(found, ours=summarize(samples, own), rivals=tuple(rivals))
+    if case.target is None:
+        return found
+    operations = (
+        () if sampler.backend != "fused" or case.pixels != "none" else split_by_operation(case, ceilings, device)
+    )
+    return replace(found, kernels=split_by_kernel(lambda: ours(*inputs), device), operations=operations)
+
+
+def latency(call: Call, inputs: Inputs, device: torch.device, first_call: float) -> Sampler:
+    """A variant timed call by call, from the host's lists until the device is done."""
+
+    def sample() -> float:
+        return run_once(call, inputs, device)[1]
+
+    sample()
+    return Sampler(sample, sample(), 1, "clock", first_call, held=(call, inputs))
+
+
+def release(device: torch.device) -> None:
+    """Gives memory back that nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _rival(
+    peer: Peer,
+    judge: Judge,
+    inputs: Inputs,
+    device: torch.device,
+    own: Sampler,
+    samples: list[float],
+    seconds: float,
+) -> Rival:
+    """Judges and times a peer, in turns with our sampler, whose times join `samples`."""
+    classes, seeds, settings = inputs
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    try:
+        call = peer.setup()
+        if isinstance(call, Missing):
+            return Rival(peer.name, peer.role, reason=call.reason)
+        drawn, first_call = run_once(call, inputs, device)
+        error = None
+        if peer.role != "bound":
+            error = max(judge(_drawn(x)).error for x in (drawn, call(classes, seeds, replace(settings, greedy=True))))
+        theirs = latency(call, inputs, device, first_call)
+        times = []
+        for _ in range(_rounds(theirs.seconds + own.seconds, seconds)):
+            times.append(theirs.sample())
+            samples.append(own.sample())
+        return Rival(peer.name, peer.role, error, summarize(times, theirs))
+    except Exception as failure:  # a stranger's code may raise anything
+        if stream is not None:
+            # A recording that fails can leave its own stream behind as the current one.
+            torch.cuda.set_stream(stream)
+            torch.cuda.synchronize(device)
+        lines = str(failure).strip().splitlines()
+        return Rival(peer.name, peer.role, reason=f"{type(failure).__name__}: {lines[0][:120] if lines else ''}")
+
+
+def _rounds(once: float, seconds: float) -> int:
+    return min(max(_FEWEST, math.floor(seconds / once)), _MOST)
+
+
+def _first_call(call: Callable[..., Drawn], inputs: Inputs, device: torch.device) -> tuple[Drawn, float, int | None]:
+    """The result, the seconds with all that is compiled and recorded, and the most bytes that it took."""
+    if device.type != "cuda":
+        drawn, seconds = run_once(call, inputs, device)
+        return _drawn(drawn), seconds, None
+    release(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    drawn, seconds = run_once(call, inputs, device)
+    return _drawn(drawn), seconds, torch.cuda.max_memory_allocated(device) - before
+
+
+def _estimate(case: SamplingCase) -> int:
+    return sum(memory_needed(case.generator_config, bucket(case.batch), guided=True))
+
+
+def _drawn(result: object) -> Drawn:
+    assert isinstance(result, Drawn)
+    return result

@@ -1,0 +1,219 @@
+"""`spectralar bench sampler` from end to end on a CPU, and where the time goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from spectralar.bench import commands, sampler_measure
+from spectralar.bench.ceilings import Ceilings
+from spectralar.bench.commands import WrongResultError, bench_sampler_command
+from spectralar.bench.sampler import ONE_TOKEN, SCALES, TARGETS, SamplingCase
+from spectralar.bench.sampler_measure import measure_sampling
+from spectralar.bench.sampler_report import print_case, print_sampling
+from spectralar.bench.sampler_split import short_name, split_by_kernel, split_by_operation
+from spectralar.bench.sampler_truth import Drawn
+
+from .conftest import CPU
+
+RATES = Ceilings(copy=1e10, read=1e10, gemm={"bf16": 1e11})
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_short_rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    measured = commands.measure_ceilings
+    monkeypatch.setattr(commands, "measure_ceilings", lambda device, seconds: measured(device, 0.02))
+    monkeypatch.setattr(sampler_measure, "_FEWEST", 1)
+    monkeypatch.setattr(sampler_measure, "_FEWEST_ALONE", 3)
+    monkeypatch.setattr(sampler_measure, "_MOST", 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_table_lines_picture_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    listed = commands.sampling_cases
+    # A VQGAN takes seconds on a CPU: of the two batches one is enough.
+    monkeypatch.setattr(
+        commands, "sampling_cases", lambda *chosen: [c for c in listed(*chosen) if c.pixels != "vqgan" or c.batch == 1]
+    )
+    out, plot = tmp_path / "sampler.jsonl", tmp_path / "pictures" / "latency.svg"
+    bench_sampler_command(("d16-p4",), (1, 64), seconds=60, out=out, plot=plot, device="cpu", commit="feedbee")
+    printed = capsys.readouterr().out
+    assert "commit feedbee" in printed and "no GPU" in printed
+    # Ceilings and the least time stand before any measurement.
+    assert 0 < printed.index("measured ceilings") < printed.index("at least") < printed.index("draws unlike fp32's")
+    summary, lines = json.loads(printed.strip().splitlines()[-1]), lines_of(out)
+    assert summary["bench"] == "sampler" and summary["cases"] == len(lines) == 5
+    assert summary["wrong"] == summary["failed"] == summary["left_out"] == [] and summary["met"] == {}
+    assert list(summary["median_ms"]) == [line["case"] for line in lines]
+    for line in lines:
+        assert line["target"] is line["met"] is None and line["unit"] == "ms" and line["error"] <= 2
+        assert line["peer"] == "plain PyTorch, steps in a graph" and line["ratio"] > 0
+        assert line["fraction"] == pytest.approx(line["ceiling"] / line["median"], rel=1e-2)
+    assert plot.read_text(encoding="utf-8").startswith("<?xml")
+
+
+def swap_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = sampler_measure.draws
+
+    def swapped(sampler: Any) -> Callable[..., Drawn]:
+        def draw(*inputs: Any) -> Drawn:
+            drawn = right(sampler)(*inputs)
+            return drawn._replace(tokens=drawn.tokens.flip(1))
+
+        return draw
+
+    monkeypatch.setattr(sampler_measure, "draws", swapped)
+
+
+def test_wrong_result_gets_no_time_and_fails_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swap_tokens(monkeypatch)
+    monkeypatch.setattr(commands, "sampling_cases", lambda *_: [SamplingCase()])
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "sampler.jsonl"
+    with pytest.raises(WrongResultError, match="wrong results: class -> tokens"):
+        bench_sampler_command(seconds=20, out=out, plot=tmp_path / "latency.svg", device="cpu")
+    printed = capsys.readouterr().out
+    assert "no picture" in printed and not (tmp_path / "latency.svg").exists()
+    assert "not timed" in printed and "images/s " not in printed
+    summary, (line,) = json.loads(printed.strip().splitlines()[-1]), lines_of(out)
+    assert summary["wrong"] == [line["case"]] and summary["median_ms"] == {}
+    assert line["median"] is line["ratio"] is line["peer"] is None and line["error"] > 2
+
+
+def test_a_case_that_cannot_run_does_not_stop_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = commands.measure_sampling
+
+    def scarce(case: SamplingCase, *arguments: Any, **options: Any) -> Any:
+        if case.batch == 2:
+            raise torch.OutOfMemoryError("buffers for 2 images need 3 MiB, but 2 MiB are free [sic]")
+        return measured(case, *arguments, **options)
+
+    monkeypatch.setattr(commands, "measure_sampling", scarce)
+    monkeypatch.setattr(commands, "sampling_cases", lambda *_: [SamplingCase(batch=2), SamplingCase()])
+    with pytest.raises(WrongResultError, match="failed: class -> tokens"):
+        bench_sampler_command(seconds=20, device="cpu")
+    printed = capsys.readouterr().out
+    assert "2 MiB are free [sic]" in printed
+    summary = json.loads(printed.strip().splitlines()[-1])
+    assert summary["cases"] == 1 and len(summary["failed"]) == 1
+
+
+def test_what_does_not_fit_is_named_and_quick_takes_the_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_sampler_command(("d16", "d20"), quick=True, seconds=1e-9, device="cpu")
+    summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    # Of P6, P8, P7 twice and P9 twice: in small sizes both of P7 are one.
+    assert summary["cases"] == 0 and len(summary["left_out"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seconds": 0.0}, "seconds must be positive"),
+        ({"presets": ("d17",)}, "not 'd17'"),
+        ({"batches": (1, 5000)}, "not 5000"),
+        ({"device": "tpu9"}, "device"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench_sampler_command(**({"device": "cpu"} | arguments))
+
+
+@pytest.mark.parametrize("index", [0, 2, 6])
+def test_a_target_is_measured_against_all_peers(index: int, capsys: pytest.CaptureFixture[str]) -> None:
+    target = TARGETS[index]
+    case = replace(target.small(), target=target.target, condition=target.condition, aim=target.aim, backend="graph")
+    m = measure_sampling(case, CPU, RATES, 0.0)
+    assert m.right and m.ours is not None and m.backend == "graph" and m.ours.how == "clock"
+    names = [r.name for r in m.rivals]
+    # What ours is itself is no peer.
+    assert "plain PyTorch, steps in a graph" not in names and "plain PyTorch, eager" in names
+    other = ONE_TOKEN if target.target == "P14" else SCALES
+    timed = {r.name: r for r in m.rivals if r.timing is not None}
+    assert timed.keys() == {other, "plain PyTorch, eager"}
+    assert timed["plain PyTorch, eager"].error is not None and timed[other].error is None
+    # Our times are of all rounds, with whichever peer they were in turns.
+    assert m.ours.samples == max(3, sum(r.timing.samples for r in timed.values() if r.timing))
+    assert m.best_peer is timed["plain PyTorch, eager"]
+    assert m.kernels and m.kernels == tuple(sorted(m.kernels, key=lambda part: -part.seconds))
+    console = Console(width=150)
+    print_case(case, RATES, console)
+    print_sampling(m, RATES, console)
+    printed = capsys.readouterr().out
+    assert f"{target.target}: " in printed and "one generation by kernel" in printed
+    shown = next(line for line in printed.splitlines() if other in line)
+    assert " x " not in shown and ("other steps" in shown or "other model" in shown)
+
+
+def test_wrong_peers_get_no_ratio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    case = replace(SamplingCase().small(), target="P6")
+    peers = case.peers(CPU)
+    ours = draw_of(case)
+
+    def broken(classes: list[int], seeds: list[int], settings: Any) -> Drawn:
+        return ours(classes, seeds, settings)._replace(tokens=torch.zeros(1, 8, dtype=torch.int64))
+
+    def raising() -> Any:
+        raise ZeroDivisionError("by [design]\nand more")
+
+    changed = (replace(peers[0], setup=lambda: broken), replace(peers[-1], setup=raising, compiled=False))
+    monkeypatch.setattr(SamplingCase, "peers", lambda *_: changed)
+    m = measure_sampling(case, CPU, RATES, 0.0)
+    assert m.best_peer is None and m.ratio(m.rivals[0]) is None
+    assert m.rivals[1].reason == "ZeroDivisionError: by [design]"
+    print_sampling(m, RATES, Console(width=150))
+    printed = capsys.readouterr().out
+    assert "wrong" in printed and "by [design]" in printed
+
+
+def draw_of(case: SamplingCase) -> Callable[..., Drawn]:
+    return sampler_measure.draws(case.sampler(CPU, "reference"))
+
+
+def test_operations_of_a_step_add_up_to_it() -> None:
+    case = SamplingCase(preset="d16-p4", batch=1, tiny=True)
+    parts = split_by_operation(case, RATES, CPU)
+    assert [part.name for part in parts] == ["embed, start", "qkv", "attend", "proj", "fc1", "fc2", "head"]
+    assert [part.count for part in parts] == [1, 2, 2, 2, 2, 2, 1]
+    floors = sum(part.floor for part in parts if part.floor is not None)
+    assert floors == pytest.approx(case.generator_config.decode_weight_bytes() / RATES.copy)
+
+
+def test_kernels_of_a_call_are_named_and_counted() -> None:
+    x = torch.ones(64, 64)
+    parts = {part.name: part for part in split_by_kernel(lambda: (x @ x, x @ x, x.exp()), CPU)}
+    assert parts["aten::mm"].count == 2 and parts["aten::exp"].count == 1
+    assert all(part.seconds >= 0 for part in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("decode_step_kernel", "decode_step_kernel"),
+        ("void at::native::f<at::g<int>, (bool)1>(int, float)", "at::native::f"),
+        ("(anonymous)", "(anonymous)"),
+    ],
+)
+def test_short_names(name: str, short: str) -> None:
+    assert short_name(name) == short
