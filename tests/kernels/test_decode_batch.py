@@ -1,0 +1,210 @@
+"""The decoding step for many rows against the plain one, operation by operation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectralar.kernels.decode import DecodeState, DecodeWeights, batch_kernel, reference
+from spectralar.kernels.decode.batch_config import (
+    LARGEST,
+    PARTS,
+    PRODUCT,
+    SHORTEST,
+    ProductConfig,
+    attend_heads,
+    attend_slots,
+    from_library,
+    parts,
+    product_config,
+)
+from tests.kernels.launches_decode_batch import random_weights
+
+
+def random_state(
+    weights: DecodeWeights, images: int, first: int, guided: bool = True, device: str = "cpu"
+) -> DecodeState:
+    """A state before the step at `first`: an earlier cache, and NaN wherever nothing may be read."""
+    state = DecodeState.allocate(weights, images, (2 if guided else 1) * images)
+    generator = torch.Generator(device=device).manual_seed(1)
+
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, device=device).to(like.dtype)
+
+    for field in dataclasses.fields(state):
+        buffer = getattr(state, field.name)
+        if buffer.dtype.is_floating_point:
+            buffer.fill_(torch.nan)
+    state.first.fill_(first)
+    # What is not drawn yet would be an index past every end.
+    state.tokens.fill_(2**40)
+    state.tokens[:, :first] = torch.randint(weights.codes, (images, first), generator=generator, device=device)
+    state.start.copy_(normal(state.start))
+    state.modulations.copy_(normal(state.modulations) * 0.3)
+    state.head_modulation.copy_(normal(state.head_modulation) * 0.3)
+    old = state.keys[..., :first, :]
+    old.copy_(torch.nn.functional.normalize(normal(old).float(), dim=-1))
+    state.values[..., :first, :] = normal(state.values[..., :first, :])
+    return state
+
+
+def copy(source: DecodeState, dtype: torch.dtype | None = None) -> DecodeState:
+    """Its own buffers, the floating ones in another dtype if asked for."""
+    return DecodeState(
+        **{
+            field.name: buffer.to(dtype, copy=True) if dtype and buffer.dtype.is_floating_point else buffer.clone()
+            for field in dataclasses.fields(source)
+            for buffer in [getattr(source, field.name)]
+        }
+    )
+
+
+def double(weights: DecodeWeights) -> DecodeWeights:
+    return DecodeWeights(**{f.name: getattr(weights, f.name).double() for f in dataclasses.fields(weights)})
+
+
+def assert_close(found: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
+    """At most twice the plain error, in the mean square and at the worst element, and one rounding."""
+    # What the plain step leaves unwritten stays so.
+    assert torch.equal(found.isnan(), plain.isnan()), name
+    found, plain, exact = (t.nan_to_num() for t in (found, plain, exact))
+    scale, eps = exact.abs().amax().item(), torch.finfo(found.dtype).eps
+    ours, theirs = (found.double() - exact).abs(), (plain.double() - exact).abs()
+    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + eps * scale / 4, name
+    assert ours.amax() <= 2 * theirs.amax() + eps * scale, f"{name}: {ours.amax()} at {ours.argmax()}"
+
+
+def check(weights: DecodeWeights, state: DecodeState, until: tuple[int, str] | None) -> None:
+    """Compares every buffer after that operation."""
+    found, plain, exact = copy(state), copy(state), copy(state, torch.float64)
+    batch_kernel.launch_step(weights, found, until)
+    reference.decode_step(weights, plain, until)
+    reference.decode_step(double(weights), exact, until)
+    for field in dataclasses.fields(state):
+        ours, theirs, right = (getattr(s, field.name) for s in (found, plain, exact))
+        if ours.dtype.is_floating_point:
+            assert_close(ours, theirs, right, f"{field.name} at {int(state.first)} until {until}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("op", reference.OPS)
+def test_every_operation_is_the_references(op: str, dtype: torch.dtype) -> None:
+    weights = random_weights(2, 64, 4, 6, 2, 33, dtype)
+    for first, layer in ((0, 0), (4, 1)):
+        check(weights, random_state(weights, 1, first), (layer, op))
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "heads", "length", "group", "codes", "images"),
+    [(1, 192, 3, 4, 1, 2, 1), (2, 48, 3, 9, 3, 40, 2), (1, 64, 1, 5, 5, 7, 1), (1, 192, 3, 2, 1, 65, 9)],
+)
+def test_whole_steps(
+    depth: int, width: int, heads: int, length: int, group: int, codes: int, images: int, poisoned_empty: None
+) -> None:
+    weights = random_weights(depth, width, heads, length, group, codes, torch.float32)
+    for first in sorted({0, length - group}):
+        check(weights, random_state(weights, images, first, guided=False), None)
+
+
+@pytest.mark.parametrize("first", [15, 16, 33])
+def test_attention_over_several_tiles_of_keys(first: int) -> None:
+    weights = random_weights(1, 64, 4, 40, 2, 7, torch.float32)
+    check(weights, random_state(weights, 1, first), (0, "attend"))
+
+
+def test_products_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_kernel, "from_library", lambda rows, element_size: True)
+    weights = random_weights(1, 64, 1, 4, 2, 33, torch.float16)
+    state = random_state(weights, 1, 2)
+    for op in ("proj", "fc2"):
+        check(weights, state, (0, op))
+
+
+def test_no_rows() -> None:
+    weights = random_weights(1, 64, 1, 2, 1, 3, torch.float32)
+    batch_kernel.launch_step(weights, random_state(weights, 0, 0))
+
+
+def test_rows_do_not_see_each_other() -> None:
+    weights = random_weights(1, 64, 2, 4, 1, 33, torch.float32)
+    one = random_state(weights, 2, 2)
+    other = copy(one)
+    other.start[1:], other.tokens[1:] = 7.0, 5
+    other.values[:, 1:, :, :2] = -3.0
+    other.modulations[:, 1:] = 0.5
+    for state in (one, other):
+        batch_kernel.launch_step(weights, state)
+    assert torch.equal(one.logits[0], other.logits[0])
+    assert not torch.equal(one.logits[1], other.logits[1])
+
+
+@pytest.mark.parametrize("columns", [16, 32])
+def test_products_in_parts(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 512 channels in two parts of 256: the sums of small models are too short for parts.
+    config = ProductConfig(rows=16, columns=columns, step=128, warps=4, stages=2)
+    monkeypatch.setattr(batch_kernel, "product_config", lambda rows, element_size: config)
+    a, weight = torch.randn(3, 1, 512, dtype=torch.float16), torch.randn(20, 512, dtype=torch.float16)
+    found = batch_kernel._product_parts(a, weight)
+    assert found.shape == (2, 3, 1, 20)
+    exact = a.double() @ weight.double().mT
+    assert (found.sum(0) - exact).abs().amax() <= 1e-5 * exact.abs().amax()
+    assert torch.allclose(found[0].double(), a[..., :256].double() @ weight[:, :256].double().mT, atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [256, 384, 1024, 1280, 1536, 1920])
+def test_parts_are_whole_steps(width: int) -> None:
+    for config in (*PRODUCT.values(), LARGEST):
+        for inner in (width, 4 * width):
+            count = parts(-(-width // config.columns), inner, config.step)
+            assert inner % count == 0 and (count == 1 or inner % (count * config.step) == 0)
+            assert count == 1 or (count <= PARTS and inner // count >= SHORTEST)
+
+
+def test_tables() -> None:
+    assert [product_config(rows, 2).rows for rows in (1, 16, 17, 65, 100_000)] == [16, 16, 32, 128, 128]
+    # As many programs as run side by side; too few tiles for one wave, and a last wave that is nearly full.
+    assert [parts(tiles, 4096, 128) for tiles in (32, 64, 132)] == [4, 2, 1]
+    assert parts(48, 6144, 128) == 8
+    assert [attend_heads(heads) for heads in (1, 6, 16, 20)] == [1, 2, 4, 4]
+    assert [attend_slots(channels) for channels in (16, 64, 128)] == [16, 4, 2]
+    assert [from_library(rows, size) for rows, size in ((256, 2), (257, 2), (512, 4))] == [False, True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("images", [4, 33, 64, 300])
+@pytest.mark.parametrize("group", [1, 4])
+def test_large_steps_on_a_gpu(images: int, group: int) -> None:
+    weights = random_weights(2, 1024, 16, 64, group, 4096, torch.bfloat16, "cuda")
+    for first in (0, 28, 64 - group):
+        state = random_state(weights, images, first, device="cuda")
+        for op in reference.OPS:
+            check(weights, state, (1, op))
+        check(weights, state, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [256, 320, 1280])
+def test_widths_and_types_on_a_gpu(width: int, dtype: torch.dtype) -> None:
+    weights = random_weights(1, width, width // 64, 256, 16, 1000, dtype, "cuda")
+    check(weights, random_state(weights, 2, 48, device="cuda"), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("images", [4, 64, 256])
+def test_replayed_steps_are_the_same_to_the_bit(images: int) -> None:
+    weights = random_weights(4, 1024, 16, 64, 1, 4096, torch.bfloat16, "cuda")
+    state = random_state(weights, images, 8, device="cuda")
+    batch_kernel.launch_step(weights, state)
+    first = state.logits.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(4):
+            batch_kernel.launch_step(weights, state)
+    for _ in range(25):
+        state.logits.zero_()
+        graph.replay()
+        assert torch.equal(state.logits, first)
