@@ -1,22 +1,43 @@
-"""One cached step of VAR's transformer: from the tokens of the last group to the logits of the next.
-
-`decode_step` runs the plain PyTorch reference today, on any device.
-"""
+"""One cached step of VAR's transformer: from the tokens of the last group to the logits of the next."""
 
 from __future__ import annotations
 
-from . import reference
+import torch
+
+from . import batch_kernel, launch, reference
 from .state import DecodeState, DecodeWeights
 
-__all__ = ["DecodeState", "DecodeWeights", "decode_step"]
+__all__ = ["DecodeState", "DecodeWeights", "decode_step", "implementation"]
+
+
+def implementation(weights: DecodeWeights, rows: int) -> str:
+    """How `decode_step` computes a step of `rows` rows with these weights.
+
+    Returns:
+        "persistent", one kernel for the whole step, for fp16, bf16 and fp32 weights on a GPU and at most
+        `config.MAX_ROWS` rows times tokens of a group; "batch", a chain of kernels, for more; "reference", plain
+        PyTorch, on a CPU and in fp64.
+    """
+    if not weights.qkv.is_cuda or weights.qkv.dtype == torch.float64:
+        return "reference"
+    return "persistent" if launch.fits(weights, rows) else "batch"
 
 
 def decode_step(weights: DecodeWeights, state: DecodeState, *, until: tuple[int, str] | None = None) -> None:
     """Writes the logits of the group at `state.first` (SpectralAR eq. 8 with a key/value cache).
+
+    Nothing is read back to the host, so that a step can be recorded in a CUDA graph and replayed; `implementation` says
+    what runs.
 
     Args:
         weights: see `DecodeWeights`.
         state: see `DecodeState`; every buffer of activations, and the group's keys and values, are written.
         until: (block, operation of `reference.OPS`) to stop after, for looking at its result.
     """
-    reference.decode_step(weights, state, until)
+    match implementation(weights, len(state.x)):
+        case "persistent":
+            launch.launch(weights, state, until)
+        case "batch":
+            batch_kernel.launch_step(weights, state, until)
+        case _:
+            reference.decode_step(weights, state, until)

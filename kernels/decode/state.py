@@ -98,6 +98,7 @@ class DecodeState:
         attended: `[R, G, W]`.
         hidden: `[R, G, 4 W]`.
         logits: `[R, G, K]` fp32.
+        barrier: `[64]` int32, counters of the persistent kernel's barrier; zero between steps.
     """
 
     first: Tensor
@@ -112,10 +113,11 @@ class DecodeState:
     attended: Tensor
     hidden: Tensor
     logits: Tensor
+    barrier: Tensor
 
     @staticmethod
     def allocate(weights: DecodeWeights, images: int, rows: int) -> DecodeState:
-        """Buffers for `images` images drawn by `rows` rows; nothing but `first` is initialised."""
+        """Buffers for `images` images drawn by `rows` rows; nothing but `first` and `barrier` is initialised."""
         w, device, dtype = weights, weights.qkv.device, weights.qkv.dtype
         wide = torch.promote_types(dtype, torch.float32)
 
@@ -136,4 +138,5 @@ class DecodeState:
             attended=buffer(rows, w.group, w.width),
             hidden=buffer(rows, w.group, 4 * w.width),
             logits=buffer(rows, w.group, w.codes, of=wide),
+            barrier=torch.zeros(64, dtype=torch.int32, device=device),
         )

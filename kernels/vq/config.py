@@ -28,9 +28,11 @@ class ScanConfig:
 
 
 # By padded width. Wider vectors take more shared memory for the same tile, so the tiles shrink: the largest entry
-# must leave room under the 163 KB of an A100. 16 rows a warp: only then are a thread's columns whole groups.
+# must leave room under the 163 KB of an A100. A warp has 16 or 32 whole rows: only then are a thread's columns whole
+# groups.
 SCAN = {
-    16: ScanConfig(rows=128, codes=64, group=16, warps=8, stages=3),
+    # 30.6, 69.3 and 194 us for the cases of the README on an H100; 29.7, 72.1 and 222 with tiles of 64 codes.
+    16: ScanConfig(rows=128, codes=128, group=16, warps=8, stages=3),
     32: ScanConfig(rows=128, codes=64, group=16, warps=8, stages=3),
     64: ScanConfig(rows=128, codes=64, group=16, warps=8, stages=2),
     128: ScanConfig(rows=128, codes=64, group=16, warps=8, stages=2),
@@ -40,9 +42,9 @@ SCAN = {
 # Tiles between two looks at the running maxima, a power of two: a tile's number takes six bits of a score.
 CHUNK = 64
 
-# Four programs for each SM of an H100, as many as its registers hold: the more there are, the better one's maxima run
-# while another's products do. With fewer blocks of rows the codes are split over several programs.
-PROGRAMS = 528
+# Two programs for each SM of an H100, as many as its registers hold with tiles of 128 codes, so that one's maxima run
+# while the other's products do. With fewer blocks of rows the codes are split over several programs.
+PROGRAMS = 264
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,23 @@ class SettleConfig:
 
     Attributes:
         rows: vectors of a program.
-        codes: codes of a step where all of them are scored.
-        step: components of a step; all their loads are under way together.
+        elements: products of a step in fp32, over all rows and the codes of a group.
+        codes: codes of a step in fp64, at least two groups.
         splits: splits of the scan that are merged in a step.
         warps: warps of a program.
     """
 
     rows: int
+    elements: int
     codes: int
-    step: int
     splits: int
     warps: int
 
 
-# Small programs: the work is a short chain of dependent loads, hidden only by many programs side by side. At 65,536
-# vectors of 12 and 4096 codes on an H100: 23 us, against 27 with 32 rows and 4 warps and 45 with 32 and 8.
-SETTLE = SettleConfig(rows=16, codes=512, step=8, splits=4, warps=2)
+# One warp: its lanes share a group, and no maximum crosses warps. Eight rows give each thread 64 products, whose loads
+# are all under way together, and leave room for 17 programs on a multiprocessor. 11.4 us for 65,536 vectors on an H100;
+# 14.5 with 4 rows and 14.6 with 16, and 25.4 when doubtful vectors held up the others of their program.
+SETTLE = SettleConfig(rows=8, elements=2048, codes=32, splits=4, warps=1)
 
 # Elements of a program of the kernels that pass once over rows; 16 a thread keep the loads wide.
 ROW_ELEMENTS = 2048

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,102 +16,136 @@ from .config import CHUNK, PROGRAMS, SCAN, SETTLE, ScanConfig, SettleConfig, pad
 _BAD = 2**40
 
 
-class PreparedCodes(NamedTuple):
-    """A codebook as the search reads it.
+class Prepared(NamedTuple):
+    """A codebook, and vectors, as the search reads them. W is the padded width.
 
-    high, low: `[Kp, W]` fp16, the scaled codewords in the order of the scan and what fp16 left of them.
+    codes: `[Kp, 2 W]` fp16, the scaled codewords in the order of the scan, each followed by what fp16 left of it.
     bias: `[Kp]` fp32, half the squared scaled lengths; empty when normalised.
-    members: `[Kp / group, D, group]` fp32, the codewords of each group, component by component.
+    units: `[Kp, D]` fp32, the scaled codewords.
     exact: `[K]` fp64, inverse lengths, or half the squared lengths when not normalised.
     longest: `[]` fp64, the length of the longest codeword; a placeholder when normalised.
+    vectors: `[N, 2 W]` fp16, the scaled vectors, each followed by what fp16 left of it.
+    share: `[N]` fp32, the weight of the bias; empty when normalised.
     config: the launch that the order is made for.
     """
 
-    high: Tensor
-    low: Tensor
+    codes: Tensor
     bias: Tensor
-    members: Tensor
+    units: Tensor
     exact: Tensor
     longest: Tensor
+    vectors: Tensor
+    share: Tensor
     config: ScanConfig
 
 
-def prepare(codebook: Tensor, normalize: bool, config: ScanConfig | None = None) -> PreparedCodes:
-    # [K, D]
+def prepare(codebook: Tensor, normalize: bool, z: Tensor | None = None, config: ScanConfig | None = None) -> Prepared:
+    # [K, D], [N, D]
     codes, width = codebook.shape
+    vectors = 0 if z is None else len(z)
     padded = padded_width(width)
     config = config or SCAN[padded]
     rows = triton.cdiv(codes, config.codes) * config.codes
-    high = codebook.new_empty((rows, padded), dtype=torch.float16)
-    members = codebook.new_empty((rows // config.group, width, config.group), dtype=torch.float32)
-    exact = codebook.new_empty(codes, dtype=torch.float64)
-    if normalize:
-        bias, longest = codebook.new_empty(0, dtype=torch.float32), exact
-    else:
-        bias = codebook.new_empty(rows, dtype=torch.float32)
-        longest = torch.linalg.vector_norm(codebook, dim=1, dtype=torch.float64).amax()
-    prepared = PreparedCodes(high, torch.empty_like(high), bias, members, exact, longest, config)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return codebook.new_empty(shape, dtype=dtype)
+
+    exact = empty(codes, dtype=torch.float64)
+    prepared = Prepared(
+        codes=empty(rows, 2 * padded, dtype=torch.float16),
+        bias=empty(0 if normalize else rows),
+        units=empty(rows, width),
+        exact=exact,
+        longest=exact if normalize else torch.linalg.vector_norm(codebook, dim=1, dtype=torch.float64).amax(),
+        vectors=empty(vectors, 2 * padded, dtype=torch.float16),
+        share=empty(0 if normalize else vectors),
+        config=config,
+    )
     rows_a_program = min(rows_of_a_program(width), config.codes)
-    kernel.prepare_codes_kernel[(rows // rows_a_program,)](
-        codebook, longest, high, prepared.low, bias, members, exact, codes,
+    blocks = rows // rows_a_program
+    kernel.prepare_codes_kernel[(blocks + triton.cdiv(vectors, rows_a_program),)](
+        codebook, codebook if z is None else z, prepared.longest, prepared.codes, prepared.bias, prepared.units,
+        exact, prepared.vectors, prepared.share, codes, vectors, blocks,
         D=width, WIDTH=padded, GROUP=config.group, NORMALIZE=normalize, ROWS=rows_a_program,
+        EARLY=_starts_early(codebook.device),
     )  # fmt: skip
     return prepared
 
 
-def scan(z: Tensor, prepared: PreparedCodes, normalize: bool) -> tuple[Tensor, Tensor]:
+def scan(prepared: Prepared, normalize: bool) -> tuple[Tensor, Tensor]:
     """The three largest group scores of each vector and split of the codes, and the groups of the first two.
 
     Scores are cosines when normalised, else `(z.c - |c|^2 / 2) / (E max(|z|, E))` with E the longest codeword's length.
+    Cosines below zero are right about their sign alone.
     """
-    # [N, D] -> [splits, 3, N] fp32, [splits, 2, N] int32
-    (vectors, width), config = z.shape, prepared.config
-    tiles = len(prepared.high) // config.codes
+    # -> [splits, 3, N] fp32, [splits, 2, N] int32
+    config, vectors, early = prepared.config, len(prepared.vectors), _starts_early(prepared.codes.device)
+    tiles = len(prepared.codes) // config.codes
     blocks = triton.cdiv(vectors, config.rows)
     splits = min(tiles, max(1, PROGRAMS // blocks))
-    scores = z.new_empty((splits, 3, vectors), dtype=torch.float32)
-    groups = z.new_empty((splits, 2, vectors), dtype=torch.int32)
+    scores = prepared.exact.new_empty((splits, 3, vectors), dtype=torch.float32)
+    groups = prepared.exact.new_empty((splits, 2, vectors), dtype=torch.int32)
     kernel.scan_codes_kernel[(blocks, splits)](
-        z, prepared.longest, prepared.high, prepared.low, prepared.bias, scores, groups,
+        prepared.vectors, prepared.share, prepared.codes, prepared.bias, scores, groups,
         vectors, triton.cdiv(len(prepared.exact), config.group), tiles, splits,
-        D=width, WIDTH=padded_width(width), GROUP=config.group, CODES=config.codes, CHUNK=CHUNK, NORMALIZE=normalize,
-        ROWS=config.rows, num_warps=config.warps, num_stages=config.stages,
+        WIDTH=prepared.codes.shape[1] // 2, GROUP=config.group, CODES=config.codes, CHUNK=CHUNK, NORMALIZE=normalize,
+        ROWS=config.rows, EARLY=early, num_warps=config.warps, num_stages=config.stages, **_launch(early),
     )  # fmt: skip
     return scores, groups
 
 
-def scan_margin(width: int) -> float:
-    """Twice the largest error of a scan's score; README.md derives it."""
-    return 2 * (60 * padded_width(width) / 16 + 12 + CHUNK) * 2.0**-23
+def scan_error(width: int) -> float:
+    """The largest error of a scan's score; README.md derives it."""
+    return (60 * padded_width(width) / 16 + 12 + CHUNK) * 2.0**-23
+
+
+def quick_error(width: int, group: int) -> float:
+    """The largest error of a score of `settle` in fp32; README.md derives it."""
+    return (10 + group + width / 2) * 2.0**-23
 
 
 def nearest_code(
     z: Tensor,
     codebook: Tensor,
     normalize: bool,
-    prepared: PreparedCodes | None = None,
+    prepared: Prepared | None = None,
     config: ScanConfig | None = None,
     settle: SettleConfig | None = None,
 ) -> Tensor:
+    """`prepared` holds these vectors too."""
     # [N, D], [K, D] -> [N]
     vectors, width = z.shape
     index = z.new_empty(vectors, dtype=torch.int64)
     if vectors == 0:
         return index
     if prepared is None:
-        prepared = prepare(codebook, normalize, config)
+        prepared = prepare(codebook, normalize, z, config)
     settle = settle or SETTLE
-    scores, groups = scan(z, prepared, normalize)
+    scores, groups = scan(prepared, normalize)
+    group, padded, early = prepared.config.group, padded_width(width), _starts_early(z.device)
+    quick = quick_error(width, group)
     kernel.settle_codes_kernel[(triton.cdiv(vectors, settle.rows),)](
-        z, prepared.members, prepared.exact, scores, groups, index, vectors, len(codebook), len(scores),
-        MARGIN=scan_margin(width), D=width, GROUP=prepared.config.group, NORMALIZE=normalize, ROWS=settle.rows,
-        CODES=settle.codes, STEP=min(width, settle.step), SPLITS=settle.splits, num_warps=settle.warps,
+        z, codebook, prepared.longest, prepared.vectors, prepared.share, prepared.units, prepared.exact,
+        scores, groups, index, vectors, len(codebook), len(scores),
+        MARGIN=scan_error(width) + quick, CLOSE=2 * quick, D=width, WIDTH=padded, GROUP=group, NORMALIZE=normalize,
+        ROWS=settle.rows, STEP=min(padded, settle.elements // (settle.rows * group)), CODES=settle.codes,
+        SPLITS=settle.splits, EARLY=early, num_warps=settle.warps, **_launch(early),
     )  # fmt: skip
     return index
 
 
+@lru_cache
+def _starts_early(device: torch.device) -> bool:
+    """Whether a kernel may start before the one that it waits for has ended: on a Hopper or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _launch(early: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if early else {}
+
+
 def quantize(
-    index: Tensor, codebook: Tensor, normalize: bool, prepared: PreparedCodes | None = None, z: Tensor | None = None
+    index: Tensor, codebook: Tensor, normalize: bool, prepared: Prepared | None = None, z: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     # [N], [K, D], [N, D] -> the codewords [N, D]; squared distances to z [N], empty without z
     (codes, width), vectors = codebook.shape, len(index)

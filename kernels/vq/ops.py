@@ -56,7 +56,7 @@ def assign_codes(z: Tensor, codebook: Tensor, normalize: bool) -> tuple[Tensor, 
         return indices, quantized.contiguous(), distances.contiguous()
     rows, codebook = _rows(z), codebook.contiguous()
     with torch.cuda.device_of(codebook):
-        prepared = launch.prepare(codebook, normalize)
+        prepared = launch.prepare(codebook, normalize, rows)
         index = launch.nearest_code(rows, codebook, normalize, prepared)
         quantized, distance = launch.quantize(index, codebook, normalize, prepared, rows)
     return index.view(z.shape[:-1]), quantized.view(z.shape), distance.view(z.shape[:-1])

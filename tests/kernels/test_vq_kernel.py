@@ -38,7 +38,7 @@ def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SCAN, width, SMALL)
     # Two splits of several chunks, and programs of more rows: a program costs the interpreter as much as its work.
     monkeypatch.setattr(launch, "PROGRAMS", 4)
-    monkeypatch.setattr(launch, "SETTLE", SettleConfig(rows=16, codes=64, step=16, splits=4, warps=4))
+    monkeypatch.setattr(launch, "SETTLE", SettleConfig(rows=16, elements=4096, codes=128, splits=4, warps=1))
     monkeypatch.setattr(config, "ROW_ELEMENTS", 512)
 
 
@@ -99,13 +99,12 @@ def test_ties_go_to_the_lowest_index(normalize: bool) -> None:
 @pytest.mark.parametrize("copies", [2, 3, 9])
 @pytest.mark.parametrize("apart", [1e-5, 3e-7])
 def test_near_ties(apart: float, copies: int, normalize: bool) -> None:
-    # Codewords so close to each other that the scan can't tell them apart, in as many groups: two groups are compared
-    # in fp64, with more all codes are.
-    z, codebook = pair(24, 11, 6)
-    near = codebook.repeat(copies, 1)
-    near = near * (1 + apart * torch.randn(near.shape).to(DEVICE))
-    assert_nearest(z, near, normalize)
-    assert_nearest(near[:24], near, normalize)
+    # Too close for the scan, in as many groups: two are compared in fp64, with more all codes are. Then within groups.
+    z, codebook = pair(10, 11, 6)
+    for near in (codebook.repeat(copies, 1), codebook.repeat_interleave(copies, 0)):
+        near = near * (1 + apart * torch.randn(near.shape).to(DEVICE))
+        assert_nearest(z, near, normalize)
+        assert_nearest(near[:10], near, normalize)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -136,6 +135,8 @@ def test_zeros(normalize: bool) -> None:
     # Nothing past the end of the codebook enters: every real score is negative.
     assert_nearest(-z.abs(), codebook[1:2].abs().repeat(19, 1), normalize)
     assert_nearest(z, torch.zeros_like(codebook), normalize)
+    # The scan does not tell negative cosines apart.
+    assert_nearest(-z[4:].abs(), pair(1, 64, 12)[1].abs(), normalize)
 
 
 @NUMPY_WARNS
@@ -173,8 +174,7 @@ def test_the_scan_keeps_its_error_bound(width: int, normalize: bool) -> None:
     z, codebook = pair(64, 130, width)
     # A group of copies of one code: the scan tells the scores of groups only.
     copies = codebook.repeat_interleave(SMALL.group, 0)
-    prepared = launch.prepare(copies, normalize, SMALL)
-    scores, _ = launch.scan(z, prepared, normalize)
+    scores, _ = launch.scan(launch.prepare(copies, normalize, z, SMALL), normalize)
     wide_z, wide = z.double(), codebook.double()
     if normalize:
         exact = F.normalize(wide_z, dim=-1) @ F.normalize(wide, dim=-1).T
@@ -185,18 +185,18 @@ def test_the_scan_keeps_its_error_bound(width: int, normalize: bool) -> None:
     # The three best of all splits are the three best codes.
     three = scores.permute(2, 0, 1).flatten(1).topk(3).values
     error = (three - exact.topk(3).values).abs().max().item()
-    assert error <= launch.scan_margin(width) / 2
+    assert error <= launch.scan_error(width)
     # The bound is one of rounding: with an fp16 product alone the error would be far above it.
     assert error <= 2.0**-16
 
 
 def test_nothing_past_the_end_of_the_codebook_is_a_rival() -> None:
     _, codebook = pair(1, 33, 12)
-    scores, _ = launch.scan(codebook[-1:], launch.prepare(codebook, True, SMALL), True)
+    scores, _ = launch.scan(launch.prepare(codebook, True, codebook[-1:], SMALL), True)
     first, second = scores[:, :2].flatten().sort(descending=True).values[:2]
-    assert abs(first - 1) <= launch.scan_margin(12) / 2 and second < 0.999
-    alone, _ = launch.scan(codebook[:1], launch.prepare(codebook[:1], True, SMALL), True)
-    assert (alone[0, 1:] < -2).all()
+    assert abs(first - 1) <= launch.scan_error(12) and second < 0.999
+    alone, _ = launch.scan(launch.prepare(codebook[:1], True, codebook[:1], SMALL), True)
+    assert (alone[0, 1:] <= 0).all()
 
 
 # Codewords, distances and losses

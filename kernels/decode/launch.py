@@ -1,0 +1,83 @@
+"""Starts the persistent decoding step. No argument is checked here."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+from .config import MAX_ROWS, STEP, StepConfig
+from .reference import OPS
+from .state import DecodeState, DecodeWeights
+from .step_kernel import decode_step_kernel
+
+
+def fits(weights: DecodeWeights, rows: int) -> bool:
+    """Whether the persistent step takes weights of these sizes and this number of rows."""
+    size = weights.width // weights.heads
+    return (
+        1 <= rows * weights.group <= MAX_ROWS and weights.width % 64 == 0 and 16 <= size == triton.next_power_of_2(size)
+    )
+
+
+def launch(
+    weights: DecodeWeights,
+    state: DecodeState,
+    until: tuple[int, str] | None = None,
+    config: StepConfig = STEP,
+    programs: int | None = None,
+) -> None:
+    """One step; the same as `reference.decode_step`. `programs` is for the interpreter, which has no barriers."""
+    if until is None:
+        parts = [(True, 0, weights.depth, 0, len(OPS), True)]
+    else:
+        layer, last = until[0], OPS.index(until[1]) + 1
+        parts = [(True, 0, layer, 0, len(OPS), False), (False, layer, layer + 1, 0, last, False)]
+    for embed, begin, end, first_op, last_op, head in parts:
+        if programs is None:
+            _start(weights, state, config, embed, begin, end, first_op, last_op, head, True)
+            continue
+        if embed:
+            _start(weights, state, config, True, 0, 0, 0, 0, False, False, programs)
+        for layer in range(begin, end):
+            for op in range(first_op, last_op):
+                _start(weights, state, config, False, layer, layer + 1, op, op + 1, False, False, programs)
+        if head:
+            _start(weights, state, config, False, 0, 0, 0, 0, True, False, programs)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _start(
+    weights: DecodeWeights,
+    state: DecodeState,
+    config: StepConfig,
+    embed: bool,
+    begin: int,
+    end: int,
+    first_op: int,
+    last_op: int,
+    head: bool,
+    sync: bool,
+    programs: int | None = None,
+) -> None:
+    w, s = weights, state
+    batch, group, width = s.x.shape
+    programs = programs or _multiprocessors(w.qkv.device) * config.programs
+    decode_step_kernel[(programs,)](
+        s.first, s.tokens, s.start, s.modulations, s.head_modulation, s.keys, s.values, s.x, s.qkv, s.attended,
+        s.hidden, s.logits, w.tokens, w.positions, w.starts, w.qkv, w.qkv_bias, w.query_scale, w.proj, w.proj_bias,
+        w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.head, w.head_bias, s.barrier, begin, end,
+        IMAGES=max(1, len(s.tokens)), BATCH=batch, GROUP=group, LENGTH=w.length,
+        PADDED=triton.next_power_of_2(w.length), HEADS=w.heads, D=width // w.heads, CODES=w.codes,
+        SHARED=config.columns, AHEAD=config.ahead,
+        WARPS=config.warps, PROGRAMS=programs, EMBED=embed, FIRST_OP=first_op, LAST_OP=last_op, HEAD=head, SYNC=sync,
+        num_warps=config.warps, enable_fp_fusion=True,
+        launch_cooperative_grid=sync,
+    )  # fmt: skip
