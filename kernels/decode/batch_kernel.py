@@ -192,7 +192,11 @@ def product_kernel(
     for i_k in tl.range(0, LENGTH, STEP, num_stages=STAGES):
         b_a = tl.load(p_row + i_k)
         b_w = tl.load(p_column + i_k)
-        b_y = tl.dot(b_a, tl.trans(b_w), b_y, input_precision="ieee")
+        if p_a.dtype.element_ty == tl.float32:
+            # Step by step, which rounds less than one long chain of additions.
+            b_y += tl.dot(b_a, tl.trans(b_w), input_precision="ieee")
+        else:
+            b_y = tl.dot(b_a, tl.trans(b_w), b_y)
     if not PARTIAL:
         b_y += b_bias[None, :]
     if GELU:
