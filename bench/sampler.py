@@ -12,10 +12,9 @@ import torch
 from spectralar.bench.cases import Case, Condition, Measurement, Missing, Peer, Workload, timed
 from spectralar.bench.peers import sampler as others
 from spectralar.bench.sampler_truth import Drawn, Judge
-from spectralar.config import GeneratorConfig, TokenizerConfig, ViTConfig, generator_preset
+from spectralar.config import GeneratorConfig, TokenizerConfig, ViTConfig, VQGANConfig, generator_preset
 from spectralar.generator import SpectralGenerator
 from spectralar.generator.model import Block
-from spectralar.pixels import VQGANConfig
 from spectralar.sampling import BUCKETS, BackendName, Sampler, SamplingSettings
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.tokenizer.heads import ProxyCodeHead

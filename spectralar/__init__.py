@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from spectralar.config import GeneratorConfig, TokenizerConfig, ViTConfig, generator_preset
     from spectralar.generator import SpectralGenerator
     from spectralar.pipeline import SpectralAR
-    from spectralar.sampling import Sampler, SamplingSettings
+    from spectralar.sampling import Engine, Sampler, SamplingSettings
     from spectralar.spectrum import spectral_cutoffs
     from spectralar.tokenizer import SpectralTokenizer
 
@@ -25,6 +25,7 @@ _HOMES = {
     "generator_preset": "config",
     "SpectralGenerator": "generator",
     "SpectralAR": "pipeline",
+    "Engine": "sampling",
     "Sampler": "sampling",
     "SamplingSettings": "sampling",
     "spectral_cutoffs": "spectrum",
@@ -32,6 +33,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Engine",
     "GeneratorConfig",
     "Sampler",
     "SamplingSettings",

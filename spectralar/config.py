@@ -1,4 +1,4 @@
-"""Configuration of tokenizer and generator: frozen dataclasses, sizes by name, every default in this one place.
+"""Configuration of tokenizer, pixel decoder and generator: frozen dataclasses, sizes by name, every default in one place.
 
 A configuration is plain data. `to_dict` gives nested JSON-ready dictionaries and `from_dict` restores exactly the same
 object, refusing unknown names and values of the wrong type, so that a saved model or a YAML file is never half
@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from spectralar.spectrum import FrequencyMapping, check_cutoffs, spectral_cutoffs
 
@@ -60,6 +60,106 @@ VIT_SIZES: dict[str, ViTConfig] = {
     "large": ViTConfig(1024, 24, 16),
 }
 """Named sizes. small, base and large are TiTok's; tiny is ours, for laptops and tests."""
+
+
+class Convolution(NamedTuple):
+    """One convolution of the decoder: channels in and out, side of its kernel, and side of the maps it works on."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    size: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """Sizes of a VQGAN decoder; the defaults are MaskGIT's for 256 x 256 images (30.5 M weights and the codebook).
+
+    Attributes:
+        image_size: side of the square images in pixels; a multiple of 2^(levels - 1), by which the grid is smaller.
+        channels: channels of the finest level; a multiple of `groups`.
+        multipliers: channels of every level as multiples of `channels`, from the finest level, full size, to the
+            coarsest, the grid of codes.
+        blocks: residual blocks of every level, and of the middle before them.
+        groups: groups of every group normalisation.
+        codebook_size: number of codes.
+        code_dim: dimension of a code vector.
+    """
+
+    image_size: int = 256
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
+    groups: int = 32
+    codebook_size: int = 1024
+    code_dim: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "blocks", "groups", "code_dim"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        _require(
+            bool(self.multipliers) and min(self.multipliers) > 0,
+            f"multipliers must be one or more positive integers, not {self.multipliers}",
+        )
+        _require(
+            self.channels % self.groups == 0,
+            f"channels must be a multiple of groups {self.groups}, not {self.channels}",
+        )
+        _require(
+            self.image_size % self.scale == 0, f"image_size must be a multiple of {self.scale}, not {self.image_size}"
+        )
+        _require(2 <= self.codebook_size <= 65536, f"codebook_size must be 2..65536, not {self.codebook_size}")
+
+    @property
+    def scale(self) -> int:
+        """Pixels along the side of one code: every level but the finest doubles the size."""
+        return int(2 ** (len(self.multipliers) - 1))
+
+    @property
+    def grid(self) -> int:
+        """Codes along a side."""
+        return self.image_size // self.scale
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of every level, the finest first."""
+        return tuple(self.channels * m for m in self.multipliers)
+
+    def convolutions(self) -> Iterator[Convolution]:
+        """All convolutions in the order in which they run."""
+        width, size = self.widths[-1], self.grid
+
+        def block(inputs: int, outputs: int) -> Iterator[Convolution]:
+            yield Convolution(inputs, outputs, 3, size, bias=False)
+            yield Convolution(outputs, outputs, 3, size, bias=False)
+            if inputs != outputs:
+                yield Convolution(outputs, outputs, 1, size, bias=False)
+
+        yield Convolution(self.code_dim, width, 3, size, bias=True)
+        for _ in range(self.blocks):
+            yield from block(width, width)
+        for level in reversed(range(len(self.widths))):
+            for _ in range(self.blocks):
+                yield from block(width, self.widths[level])
+                width = self.widths[level]
+            if level:
+                size *= 2
+                yield Convolution(width, width, 3, size, bias=True)
+        yield Convolution(width, 3, 3, size, bias=True)
+
+    def parameters(self) -> int:
+        """Exact number of learned parameters, the codebook included."""
+        total = self.codebook_size * self.code_dim
+        for c in self.convolutions():
+            total += c.kernel**2 * c.inputs * c.outputs + c.bias * c.outputs
+            # A group normalisation stands before each 3x3 convolution of a block: a scale and a shift per channel.
+            total += 2 * c.inputs if c.kernel == 3 and not c.bias else 0
+        return total + 2 * self.widths[0]
+
+    def flops(self) -> int:
+        """Forward floating-point operations (2 per multiply-add) of the convolutions for one image."""
+        return sum(2 * c.kernel**2 * c.inputs * c.outputs * c.size**2 for c in self.convolutions())
 
 
 @dataclass(frozen=True)
@@ -155,8 +255,6 @@ class TokenizerConfig:
 
     def decode_flops(self) -> int:
         """Forward FLOPs of the decoder for all tokens of one image: blocks and pixel head."""
-        from spectralar.pixels import VQGANConfig
-
         width = self.decoder.width
         if self.pixel_head == "direct":
             head = 2 * self.patches * 3 * self.patch_size**2 * width

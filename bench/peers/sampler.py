@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from spectralar.bench.cases import Missing
 from spectralar.bench.sampler_truth import Drawn
+from spectralar.config import VQGANConfig
 from spectralar.generator import SpectralGenerator
 from spectralar.generator.model import Block
 from spectralar.images import to_uint8
 from spectralar.kernels.decode import DecodeState, DecodeWeights, reference
 from spectralar.kernels.draw import draw_group
 from spectralar.kernels.norm import modulated_layer_norm
-from spectralar.pixels import VQGANConfig, VQGANDecoder
+from spectralar.pixels import VQGANDecoder
 from spectralar.sampling import SamplingSettings
 from spectralar.sampling.graphs import Recording
 from spectralar.sampling.packing import begin, class_tables, pack

@@ -6,113 +6,13 @@ PyTorch checkpoint, which `spectralar.weights.maskgit_vqgan` reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectralar.config import VQGANConfig
 from spectralar.kernels import vq
 from spectralar.weights.pretrained import Pretrained
-
-
-class Convolution(NamedTuple):
-    """One convolution of the decoder: channels in and out, side of its kernel, and side of the maps it works on."""
-
-    inputs: int
-    outputs: int
-    kernel: int
-    size: int
-    bias: bool
-
-
-@dataclass(frozen=True)
-class VQGANConfig:
-    """Sizes of a VQGAN decoder; the defaults are MaskGIT's for 256 x 256 images (30.5 M weights and the codebook).
-
-    Attributes:
-        image_size: side of the square images in pixels; a multiple of 2^(levels - 1), by which the grid is smaller.
-        channels: channels of the finest level; a multiple of `groups`.
-        multipliers: channels of every level as multiples of `channels`, from the finest level, full size, to the
-            coarsest, the grid of codes.
-        blocks: residual blocks of every level, and of the middle before them.
-        groups: groups of every group normalisation.
-        codebook_size: number of codes.
-        code_dim: dimension of a code vector.
-    """
-
-    image_size: int = 256
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    blocks: int = 2
-    groups: int = 32
-    codebook_size: int = 1024
-    code_dim: int = 256
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "blocks", "groups", "code_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers must be one or more positive integers, not {self.multipliers}")
-        if self.channels % self.groups:
-            raise ValueError(f"channels must be a multiple of groups {self.groups}, not {self.channels}")
-        if self.image_size % self.scale:
-            raise ValueError(f"image_size must be a multiple of {self.scale}, not {self.image_size}")
-        if not 2 <= self.codebook_size <= 65536:
-            raise ValueError(f"codebook_size must be 2..65536, not {self.codebook_size}")
-
-    @property
-    def scale(self) -> int:
-        """Pixels along the side of one code: every level but the finest doubles the size."""
-        return int(2 ** (len(self.multipliers) - 1))
-
-    @property
-    def grid(self) -> int:
-        """Codes along a side."""
-        return self.image_size // self.scale
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of every level, the finest first."""
-        return tuple(self.channels * m for m in self.multipliers)
-
-    def convolutions(self) -> Iterator[Convolution]:
-        """All convolutions in the order in which they run."""
-        width, size = self.widths[-1], self.grid
-
-        def block(inputs: int, outputs: int) -> Iterator[Convolution]:
-            yield Convolution(inputs, outputs, 3, size, bias=False)
-            yield Convolution(outputs, outputs, 3, size, bias=False)
-            if inputs != outputs:
-                yield Convolution(outputs, outputs, 1, size, bias=False)
-
-        yield Convolution(self.code_dim, width, 3, size, bias=True)
-        for _ in range(self.blocks):
-            yield from block(width, width)
-        for level in reversed(range(len(self.widths))):
-            for _ in range(self.blocks):
-                yield from block(width, self.widths[level])
-                width = self.widths[level]
-            if level:
-                size *= 2
-                yield Convolution(width, width, 3, size, bias=True)
-        yield Convolution(width, 3, 3, size, bias=True)
-
-    def parameters(self) -> int:
-        """Exact number of learned parameters, the codebook included."""
-        total = self.codebook_size * self.code_dim
-        for c in self.convolutions():
-            total += c.kernel**2 * c.inputs * c.outputs + c.bias * c.outputs
-            # A group normalisation stands before each 3x3 convolution of a block: a scale and a shift per channel.
-            total += 2 * c.inputs if c.kernel == 3 and not c.bias else 0
-        return total + 2 * self.widths[0]
-
-    def flops(self) -> int:
-        """Forward floating-point operations (2 per multiply-add) of the convolutions for one image."""
-        return sum(2 * c.kernel**2 * c.inputs * c.outputs * c.size**2 for c in self.convolutions())
 
 
 class NormSiLU(nn.GroupNorm):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectralar.config import TokenizerConfig
-from spectralar.pixels import VQGANConfig, VQGANDecoder
+from spectralar.config import TokenizerConfig, VQGANConfig
+from spectralar.pixels import VQGANDecoder
 
 
 class DirectPixelHead(nn.Module):

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectralar.pixels import VQGANConfig, VQGANDecoder
+from spectralar.config import VQGANConfig
+from spectralar.pixels import VQGANDecoder
 from spectralar.weights.pretrained import WeightsError, load_strict, load_weights
 
 # What else the two checkpoints hold, by how its names begin; any other name is an error.

@@ -24,8 +24,7 @@ from spectralar.bench.sampler import (
 )
 from spectralar.bench.sampler_measure import SamplingMeasurement
 from spectralar.bench.sampler_truth import Drawn, Judge, Verdict
-from spectralar.config import TokenizerConfig
-from spectralar.pixels import VQGANConfig
+from spectralar.config import TokenizerConfig, VQGANConfig
 from spectralar.pixels.fused import doubled_weight
 from spectralar.sampling import SamplingSettings
 

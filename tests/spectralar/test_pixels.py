@@ -14,8 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from spectralar.config import VQGANConfig
 from spectralar.images import to_float, to_uint8
-from spectralar.pixels import VQGANConfig, VQGANDecoder
+from spectralar.pixels import VQGANDecoder
 from spectralar.weights import WeightsError
 from spectralar.weights.maskgit_vqgan import import_maskgit_vqgan
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectralar.config import VQGANConfig
 from spectralar.images import to_uint8
-from spectralar.pixels import FusedVQGAN, VQGANConfig, VQGANDecoder, fused
+from spectralar.pixels import FusedVQGAN, VQGANDecoder, fused
 from spectralar.pixels.fused import doubled_weight, shortcut_weight
 
 TINY = VQGANConfig(16, channels=16, multipliers=(1, 2, 2), groups=8, codebook_size=32, code_dim=6)
