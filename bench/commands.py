@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from spectralar.bench import kernels_dct, kernels_vq
+from spectralar.bench import kernels_attention, kernels_dct, kernels_vq
 from spectralar.bench.cases import Case, Measurement, measure, select
 from spectralar.bench.ceilings import measure_ceilings
 from spectralar.bench.plots import SWEEPS, draw, measure_sweep
@@ -23,7 +23,7 @@ from spectralar.bench.sampler_report import draw_latency, print_case, print_samp
 from spectralar.devices import auto_device
 from spectralar.sampling import BackendName
 
-CASES: tuple[Case, ...] = (*kernels_dct.CASES, *kernels_vq.CASES)
+CASES: tuple[Case, ...] = (*kernels_dct.CASES, *kernels_vq.CASES, *kernels_attention.CASES)
 
 
 class WrongResultError(RuntimeError):

@@ -1,4 +1,4 @@
-"""Configuration of tokenizer, pixel decoder and generator: frozen dataclasses, sizes by name, every default in one place.
+"""Configuration of tokenizer, pixel decoder and generator: frozen dataclasses, named sizes, every default in one place.
 
 A configuration is plain data. `to_dict` gives nested JSON-ready dictionaries and `from_dict` restores exactly the same
 object, refusing unknown names and values of the wrong type, so that a saved model or a YAML file is never half

@@ -98,7 +98,7 @@ def test_cases_are_chosen_by_name_or_target() -> None:
 def test_names_differ_also_in_small_sizes_and_small_cases_have_no_target() -> None:
     for cases in (list(CASES), [case.small() for case in CASES]):
         assert len({case.name for case in cases}) == len(cases)
-    assert {case.target for case in CASES} == {"P1", "P2", "P3", "P4", None}
+    assert {case.target for case in CASES} == {"P1", "P2", "P3", "P4", "P5", None}
     assert all(case.small().target is None and case.small().condition is None for case in CASES)
 
 

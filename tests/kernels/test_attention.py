@@ -337,7 +337,7 @@ def test_group_sizes_must_be_positive_and_sum_to_the_length(sizes: tuple[int, ..
 
 @pytest.mark.parametrize("call", CALLS)
 def test_an_unknown_backend_is_refused(call: str) -> None:
-    with pytest.raises(ValueError, match="backend must be one of sdpa, reference, not 'flash'"):
+    with pytest.raises(ValueError, match="backend must be one of"):
         CALLS[call](*inputs((2, 4, 1, 2)), "flash")
 
 

@@ -1,0 +1,123 @@
+"""Attention as a PyTorch operator: the Triton kernels on a GPU, the reference elsewhere and for 32 and 64 bits.
+
+A mask is `figure`, `strict` or `none` with a role, `n_image` rows of the image and a prefix length for each sample; the
+generator's masks are `figure` without image rows, and with groups where `group_sizes` is not empty. Only first
+derivatives are defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import launch, reference
+from .config import MAX_WIDTH
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def runs_kernels(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the Triton kernels take heads like these: on a GPU, 16 bits, no wider than 128."""
+    return device.type == "cuda" and dtype in _DTYPES and width <= MAX_WIDTH
+
+
+@torch.library.custom_op("spectralar::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_lengths: Tensor | None,
+    group_sizes: Sequence[int],
+    n_image: int,
+    mask: str,
+    role: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`[B, T, H, D]`, and the base-2 logarithms of the softmax sums `[B, H, T]`, T in whole tiles."""
+    if not runs_kernels(q.device, q.dtype, q.shape[-1]):
+        visible = _visible(q, prefix_lengths, group_sizes, n_image, mask, role)
+        out, sums = reference.attention_with_sums(q, k, v, visible, scale)
+        return out.contiguous(), F.pad(sums.float(), (0, launch.padded_length(q.shape[1]) - q.shape[1]))
+    with torch.cuda.device_of(q):
+        return launch.forward(
+            _rows(q), _rows(k), _rows(v), _flat(prefix_lengths), launch.group_ends(tuple(group_sizes), q.device),
+            n_image, launch.rules_of(mask, role), scale,
+        )  # fmt: skip
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _width = q.shape
+    sums = q.new_empty((batch, heads, launch.padded_length(length)), dtype=torch.float32)
+    return v.new_empty(q.shape), sums
+
+
+@torch.library.custom_op("spectralar::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    prefix_lengths: Tensor | None,
+    group_sizes: Sequence[int],
+    n_image: int,
+    mask: str,
+    role: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not runs_kernels(q.device, q.dtype, q.shape[-1]):
+        visible = _visible(q, prefix_lengths, group_sizes, n_image, mask, role)
+        d_q, d_k, d_v = reference.attention_backward(grad, q, k, v, visible, scale)
+        return d_q.contiguous(), d_k.contiguous(), d_v.contiguous()
+    with torch.cuda.device_of(q):
+        return launch.backward(
+            grad.contiguous(), _rows(q), _rows(k), _rows(v), out, sums, _flat(prefix_lengths),
+            launch.group_ends(tuple(group_sizes), q.device), n_image, launch.rules_of(mask, role), scale,
+        )  # fmt: skip
+
+
+@attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _visible(
+    q: Tensor, prefix_lengths: Tensor | None, group_sizes: Sequence[int], n_image: int, mask: str, role: str
+) -> Tensor:
+    if group_sizes:
+        return reference.group_causal_mask(group_sizes, q.device)
+    return reference.spectral_mask(q.shape[1], n_image, prefix_lengths, mask, role, q.device)
+
+
+def _rows(x: Tensor) -> Tensor:
+    # A slice of packed queries, keys and values is read where it lies. The kernels number the rows in 32 bits.
+    return x if x.stride(-1) == 1 and x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    # A column of a matrix is a view with gaps, which a kernel would not see.
+    return None if x is None else x.contiguous()
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, prefix_lengths, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, prefix_lengths)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    q, k, v, out, sums, prefix_lengths = ctx.saved_tensors
+    grads = attention_backward(grad, q, k, v, out, sums, prefix_lengths, *ctx.rest)
+    return (*grads, *(None,) * 6)
+
+
+attention.register_autograd(_gradient, setup_context=_save)
