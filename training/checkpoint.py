@@ -1,8 +1,9 @@
 """Checkpoints as directories that hold everything a run needs to go on, written all or nothing.
 
-`checkpoints/step-00001000/` holds `model.safetensors`, `average.safetensors`, `optimizer.pt` (moments and random
-states) and `state.json` (step, data position, configuration). A checkpoint is written under a hidden name, flushed to
-disk and renamed, so a directory of that form is always complete; the newest one wins.
+`checkpoints/step-00001000/` holds `model.safetensors`, `average.safetensors`, `optimizer.pt` (moments, and the random
+states of every rank) and `state.json` (step, configuration, and every rank's position in the data). A checkpoint is
+written under a hidden name, flushed to disk and renamed, so a directory of that form is always complete; the newest one
+wins. Weights and moments are stored whole, however many ranks share them, so any number of ranks can go on from them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spectralar.training.distributed import whole
 from spectralar.weights.pretrained import load_weights, read_json
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -36,20 +39,20 @@ class Checkpoint:
     Attributes:
         step: optimizer steps done.
         config: the run's configuration as nested dictionaries.
-        data: position in the data.
+        data: position in the data, one for each rank.
         model: weights by name.
         average: averaged weights by name, or None.
         optimizer: state of the optimizer.
-        random: random states by device name.
+        random: random states by device name, one dictionary for each rank.
     """
 
     step: int
     config: dict[str, Any]
-    data: dict[str, Any]
+    data: list[dict[str, Any]]
     model: dict[str, Tensor]
     average: dict[str, Tensor] | None
     optimizer: dict[str, Any]
-    random: dict[str, Tensor]
+    random: list[dict[str, Tensor]]
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
@@ -66,7 +69,8 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Pat
         return final
     try:
         root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in root.glob(f"{_PARTIAL}*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir()
         save_file(_contiguous(checkpoint.model), partial / "model.safetensors")
         if checkpoint.average is not None:
@@ -87,8 +91,59 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Pat
             f"The last complete one is {kept or 'none'}."
         ) from error
     for old in checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+        # Under its own name it must be complete, also if a kill comes in between.
+        shutil.rmtree(old.rename(root / f"{_PARTIAL}{old.name}"))
     return final
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one after the other, while training goes on.
+
+    Args:
+        root: see `save_checkpoint`.
+        keep: see `save_checkpoint`.
+    """
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self.root, self.keep = root, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Waits for the checkpoint before, then begins to write this one, whose tensors nothing may change any more.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.wait()
+        self._pending = self._thread.submit(save_checkpoint, self.root, checkpoint, keep=self.keep)
+
+    def wait(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            CheckpointError: it could not be.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def host_copy(tree: Any, *, keep: bool = True) -> Any:
+    """Nested dictionaries and lists with every tensor copied, whole, to the CPU.
+
+    Args:
+        tree: as `state_dict` of a model or an optimizer gives it. Every rank must call this where tensors are sharded.
+        keep: False only helps the other ranks and returns None for every tensor.
+    """
+    if isinstance(tree, Tensor):
+        together = whole(tree.detach())
+        return together.to("cpu", copy=True) if keep else None
+    if isinstance(tree, dict):
+        return {name: host_copy(value, keep=keep) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [host_copy(value, keep=keep) for value in tree]
+    return tree
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -105,15 +107,25 @@ def tokenize_command(
 
 
 def train_tokenizer_command(arguments: list[str], program: str) -> None:
-    """Train a tokenizer from shards (stage one)."""
+    """Train a tokenizer from shards (stage one).
+
+    On the 8 GPUs of one machine: torchrun --nproc-per-node 8 -m spectralar.cli train tokenizer ...
+
+    The batch is that of all GPUs together. A job that was killed goes on with --resume, on as many GPUs or others.
+    """
     run, resume = _parse(TokenizerRun, TOKENIZER_RUNS, "emoji", arguments, program, train_tokenizer_command)
-    print(f"tokenizer: {train_tokenizer(run, resume=resume)}")
+    _tell("tokenizer", train_tokenizer(run, resume=resume))
 
 
 def train_generator_command(arguments: list[str], program: str) -> None:
-    """Train a generator from a token store (stage two)."""
+    """Train a generator from a token store (stage two).
+
+    On the 8 GPUs of one machine: torchrun --nproc-per-node 8 -m spectralar.cli train generator ...
+
+    The batch is that of all GPUs together. A job that was killed goes on with --resume, on as many GPUs or others.
+    """
     run, resume = _parse(GeneratorRun, GENERATOR_RUNS, "emoji", arguments, program, train_generator_command)
-    print(f"generator: {train_generator(run, resume=resume)}")
+    _tell("generator", train_generator(run, resume=resume))
 
 
 for _command in (train_tokenizer_command, train_generator_command):
@@ -125,6 +137,12 @@ def load_tokenizer(source: str, device: torch.device) -> SpectralTokenizer:
     folder = resolve(source)
     subfolder = "" if (folder / CONFIG_FILE).exists() else "tokenizer"
     return SpectralTokenizer.from_pretrained(folder, subfolder=subfolder, device=device)
+
+
+def _tell(what: str, folder: Path) -> None:
+    """Says where the result is, once for all ranks of torchrun."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{what}: {folder}")
 
 
 def _read(path: Path, crop: Crop) -> torch.Tensor:
@@ -157,7 +175,7 @@ def _parse(
     if known.config is not None:
         run = load_yaml(kind, known.config, base=run)
     description = (
-        f"{command.__doc__}\n\n"
+        f"{inspect.getdoc(command)}\n\n"
         f"--preset NAME starts from one of: {', '.join(presets)} (default {default}).\n"
         "--config FILE overrides it by the fields of a YAML file, nested as below.\n"
         "--resume goes on from the newest checkpoint in --loop.out.\n\n"

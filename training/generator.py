@@ -14,6 +14,7 @@ from spectralar.generator import SpectralGenerator
 from spectralar.pictures import grid
 from spectralar.sampling import Sampler, SamplingSettings
 from spectralar.tokenizer import SpectralTokenizer
+from spectralar.training.distributed import ALONE, Ranks
 
 
 class GeneratorTask:
@@ -21,10 +22,11 @@ class GeneratorTask:
 
     Args:
         model: the generator.
-        validation: gives batches `(tokens, labels)` in a fixed order, or None for no validation.
+        validation: gives this rank's batches `(tokens, labels)` in a fixed order, or None for no validation.
         tokenizer: decodes the pictured samples; None draws no pictures.
         pictured: class numbers of the pictured samples, one row each.
         settings: how the pictured samples are drawn.
+        ranks: the processes that train together.
 
     Raises:
         ValueError: the pictured samples could not be drawn: a wrong class, settings or tokenizer.
@@ -42,8 +44,9 @@ class GeneratorTask:
         tokenizer: SpectralTokenizer | None = None,
         pictured: tuple[int, ...] = (),
         settings: SamplingSettings | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.validation, self.tokenizer = model, validation, tokenizer
+        self.model, self.validation, self.tokenizer, self.ranks = model, validation, tokenizer, ranks
         self.pictured, self.settings = pictured, settings or SamplingSettings()
         if tokenizer is not None and pictured:
             try:  # the first picture may be hours away
@@ -66,25 +69,25 @@ class GeneratorTask:
         if self.validation is None:
             return {}
         device = next(model.parameters()).device
-        total, right, count = 0.0, 0.0, 0
-        by_position: Tensor | float = 0.0
+        length = self.model.config.tokens
+        # Losses by position, then right answers by position, then rows; all added up in fp64.
+        sums = torch.zeros(2 * length + 1, dtype=torch.float64, device=device)
         for batch in self.validation():
             tokens, labels = (x.to(device) for x in batch)
             logits = model(labels, tokens)
-            losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens).double()
-            by_position = by_position + losses.sum(0)
-            total += float(losses.sum())
-            right += float((logits.argmax(-1) == tokens).sum())
-            count += len(tokens)
-        if not isinstance(by_position, Tensor):
+            losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+            right = logits.argmax(-1) == tokens
+            sums += torch.cat([losses.double().sum(0), right.double().sum(0), sums.new_tensor([len(tokens)])])
+        *sums_by_position, rows = self.ranks.sum(sums).tolist()
+        if not rows:
             return {}
-        length = len(by_position)
-        loss = total / (count * length)
+        by_position = [total / rows for total in sums_by_position]
+        loss, accuracy = sum(by_position[:length]) / length, sum(by_position[length:]) / length
         return {
             "val_loss": loss,
-            "val_accuracy": right / (count * length),
-            "val_loss_by_position": (by_position / count).tolist(),
-            "note": f"validation loss {loss:.4f} nats per token, accuracy {right / (count * length):.1%}",
+            "val_accuracy": accuracy,
+            "val_loss_by_position": by_position[:length],
+            "note": f"validation loss {loss:.4f} nats per token, accuracy {accuracy:.1%}",
         }
 
     def picture(self, model: nn.Module) -> Image.Image | None:

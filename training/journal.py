@@ -29,7 +29,10 @@ class Journal:
     ) -> None:
         self.path = directory / LOG_FILE
         kept = [r for r in read_log(directory) if r["step"] <= first_step] if first_step else []
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        # All or nothing: a kill between emptying and writing must not lose the log.
+        draft = directory / f".{LOG_FILE}"
+        draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        draft.replace(self.path)
         self.console = console or Console(stderr=True)
         self.title, self.steps = title, steps
         self._tensorboard = _tensorboard_writer(directory)
@@ -70,6 +73,28 @@ class Journal:
     def say(self, message: str) -> None:
         """Prints a line above the bar."""
         self._progress.console.print(message, highlight=False, markup=False)
+
+
+class Silence(Journal):
+    """The journal of the ranks that write and print nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        pass
+
+    def progress(self, step: int, note: str) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
 
 
 def read_log(directory: Path) -> list[dict[str, Any]]:

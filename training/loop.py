@@ -1,14 +1,18 @@
-"""The training loop of both stages: step-based, resumable to the same bits on a CPU, stopped by the first bad loss."""
+"""The training loop of both stages: step-based, resumable to the same bits on a CPU, stopped by the first bad loss.
+
+On several ranks each runs this loop over its share of every batch; the first of them writes and prints.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,16 +27,22 @@ from spectralar.training.capture import CapturedStep, Step
 from spectralar.training.checkpoint import (
     Checkpoint,
     CheckpointError,
+    CheckpointWriter,
+    host_copy,
     load_checkpoint,
     newest_checkpoint,
     random_states,
     restore_random_states,
-    save_checkpoint,
 )
-from spectralar.training.journal import Journal, read_log
+from spectralar.training.distributed import ALONE, Ranks, copies, divided_like, parallelize, shard, whole
+from spectralar.training.journal import Journal, Silence, read_log
+from spectralar.training.lock import RunLock
+from spectralar.training.memory import check_memory, explained_memory, state_bytes
 from spectralar.training.optimizer import AveragedModel, OptimizerConfig, build_optimizer, set_lr
+from spectralar.training.stop import StopSignals
 from spectralar.weights.pretrained import Pretrained, load_strict
 
+_NEVER = 2**62  # a step that does not come
 CHECKPOINTS, FINAL, BEST, PICTURES, CONFIG = "checkpoints", "final", "best", "pictures", "config.json"
 
 
@@ -46,7 +56,9 @@ class LoopConfig:
         seed: of the initial weights and of every random choice in training.
         device: `auto` is the GPU when there is one.
         precision: `bf16` is autocast, `fp32` plain; `auto` is bf16 on a GPU.
-        capture: on a GPU, record the step once and replay it as one CUDA graph.
+        capture: on a single GPU, record the step once and replay it as one CUDA graph.
+        ranks_per_copy: of several ranks, how many hold one copy of weights, gradients, moments and average between
+            them: 1 is a copy each (DDP), 0 one copy for all (FSDP2), a divisor of the ranks hybrid sharding.
         log_every: steps between records of the losses.
         validate_every: steps between validations; 0 only at the end.
         picture_every: steps between pictures; 0 only at the end.
@@ -60,6 +72,7 @@ class LoopConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     capture: bool = True
+    ranks_per_copy: int = 1
     log_every: int = 50
     validate_every: int = 5_000
     picture_every: int = 5_000
@@ -71,6 +84,8 @@ class LoopConfig:
             raise ValueError(f"steps, log_every and keep must be at least 1: {self}")
         if min(self.validate_every, self.picture_every, self.checkpoint_every) < 0:
             raise ValueError(f"validate_every, picture_every and checkpoint_every must not be negative: {self}")
+        if self.ranks_per_copy < 0:
+            raise ValueError(f"ranks_per_copy must not be negative, not {self.ranks_per_copy}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device must be auto, cpu or cuda, not {self.device!r}")
         if self.precision not in ("auto", "bf16", "fp32"):
@@ -82,7 +97,11 @@ class LoopConfig:
 
 
 class Loader(Protocol):
-    """Batches without end, with a position that can be saved."""
+    """This rank's batches without end, with a position that can be saved.
+
+    Positions name `batch` (samples of a rank) and `world` (ranks). On another number of ranks the loader is given the
+    first rank's position with its own values of these two, whose product is the same.
+    """
 
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -103,10 +122,10 @@ class Task(Protocol):
         """Scalars by name; `loss` is minimised, the others are logged."""
 
     def validate(self, model: nn.Module) -> dict[str, Any]:
-        """Figures of the averaged model for the log; `note` among them is shown."""
+        """Figures of the averaged model for the log, the same on all ranks; `note` among them is shown."""
 
     def picture(self, model: nn.Module) -> Image.Image | None:
-        """A picture of what the averaged model does."""
+        """A picture of what the averaged model does; asked for on the first rank only."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -117,12 +136,16 @@ class Trainer:
     """Trains a task.
 
     Args:
-        task: the model and its loss; the model is moved to the device.
-        loader: training batches, on any device.
+        task: the model and its loss; the model is moved to the device. All ranks start from equal weights.
+        loader: this rank's training batches, on any device.
         optimizer: see `OptimizerConfig`.
         loop: see `LoopConfig`.
         config: the whole run's configuration as nested dictionaries, stored in checkpoints and compared on resuming.
+        ranks: the processes that train together.
         console: where to print; None is standard error.
+
+    Raises:
+        ValueError: the device has less memory than the model's state takes, or the ranks cannot be divided so.
     """
 
     def __init__(
@@ -133,27 +156,46 @@ class Trainer:
         loop: LoopConfig,
         config: dict[str, Any],
         *,
+        ranks: Ranks = ALONE,
         console: Console | None = None,
     ) -> None:
         self.task, self.loader, self.optim, self.loop, self.config = task, loader, optimizer, loop, config
-        self.console = console
+        self.ranks, self.console = ranks, console
         self.device = loop.resolved_device()
         self.out = Path(loop.out)
-        self.model = task.model.to(self.device).train()
-        self.optimizer = build_optimizer(self.model, optimizer, task.undecayed)
-        self.average = AveragedModel(self.model, optimizer.ema) if optimizer.ema > 0 else None
-        self.step = 0
-        self._place = loader.state_dict()  # in the data, after the last whole step
-        bf16 = loop.precision == "bf16" or (loop.precision == "auto" and self.device.type == "cuda")
+        gpu = self.device.type == "cuda"
+        bf16 = loop.precision == "bf16" or (loop.precision == "auto" and gpu)
         self._precision: Callable[[], Any] = (
             (lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)) if bf16 else nullcontext
         )
+        sharing = ranks.world // copies(ranks, loop.ranks_per_copy)
+        self._state_bytes = state_bytes(task.model, averaged=optimizer.ema > 0, ranks_per_copy=sharing)
+        check_memory(self._state_bytes, self.device)
+        self.model = task.model.to(self.device).train()
+        self.average = AveragedModel(self.model, optimizer.ema) if optimizer.ema > 0 else None
+        # A sharded model can only be called by all ranks at once, so this one is filled, evaluated and exported.
+        self._complete = copy.deepcopy(self.model).cpu() if sharing > 1 else None
+        self._loss = parallelize(
+            self.model,
+            lambda batch: self.task.loss(batch),
+            ranks,
+            ranks_per_copy=loop.ranks_per_copy,
+            half=bf16 and gpu,
+        )
+        if sharing > 1 and self.average is not None:
+            shard(nn.Sequential(self.average.model), ranks, loop.ranks_per_copy)
+        self.optimizer = build_optimizer(self.model, optimizer, task.undecayed)
+        if ranks.world > 1:
+            torch.manual_seed(ranks.seed(loop.seed))
+        self.step = 0
+        self._place = loader.state_dict()  # in the data, after the last whole step
+        self._writer = CheckpointWriter(self.out / CHECKPOINTS, loop.keep)
         # Everything that changes from step to step lives on the device, so that no step waits for the host.
         self._average_rate = torch.zeros((), device=self.device)
         self._steps_done = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self._first_bad = torch.full((), _NEVER, dtype=torch.int64, device=self.device)
         self._update: Step = self._plain_update
-        if loop.capture and self.device.type == "cuda":
+        if loop.capture and gpu and ranks.world == 1:
             self._update = CapturedStep(self._plain_update)
 
     @property
@@ -164,7 +206,8 @@ class Trainer:
     def run(self, *, resume: bool = False) -> Path:
         """Trains to the last step and writes the final model; returns its directory.
 
-        Where validation gives a `val_loss`, the model of the lowest one is also written, to `best/`.
+        Where validation gives a `val_loss`, the model of the lowest one is also written, to `best/`. SIGINT and SIGTERM
+        end the run after the step at hand, with a checkpoint: as KeyboardInterrupt and as SystemExit(0).
 
         Args:
             resume: go on from the newest complete checkpoint, if there is one.
@@ -172,29 +215,40 @@ class Trainer:
         Raises:
             CheckpointError: the directory holds another run's checkpoints, or holds some and `resume` is off; or a
                 checkpoint could not be written.
+            RunLockedError: another job writes to the directory.
             NonFiniteLossError: names the step; the last good checkpoint stays.
         """
-        newest = newest_checkpoint(self.out / CHECKPOINTS)
-        if newest is not None and not resume:
-            raise CheckpointError(f"{newest} exists: resume that run, or choose another directory")
-        if newest is not None:
-            self._restore(newest)
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
-        with Journal(self.out, self.task.title, self.step, self.loop.steps, console=self.console) as journal:
-            if newest is not None:
-                journal.say(f"resumed from {newest}")
-            try:
-                self._train(journal)
-            except KeyboardInterrupt:
-                self._check_finite()
-                journal.say(f"interrupted: {self._save()} holds everything, resume to go on")
-                raise
-        return self._export(FINAL)
+        with ExitStack() as held:
 
-    def _train(self, journal: Journal) -> None:
+            def claim() -> Path | None:
+                self.out.mkdir(parents=True, exist_ok=True)
+                held.enter_context(RunLock(self.out))
+                newest = newest_checkpoint(self.out / CHECKPOINTS)
+                if newest is not None and not resume:
+                    raise CheckpointError(f"{newest} exists: resume that run, or choose another directory")
+                return newest
+
+            newest = self.ranks.by_first(claim)
+            notes = [f"resumed from {newest}{self._restore(newest)}"] if newest is not None else []
+            if self.loop.capture and self.device.type == "cuda" and self.ranks.world > 1:
+                notes.append("steps are not captured as CUDA graphs on several ranks")
+            journal: Journal = Silence()
+            if self.ranks.first:
+                (self.out / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
+                journal = Journal(self.out, self.task.title, self.step, self.loop.steps, console=self.console)
+            with journal, explained_memory(self._state_bytes, self.device), StopSignals() as stop:
+                for note in notes:
+                    journal.say(note)
+                try:
+                    self._train(journal, stop)
+                finally:
+                    self._writer.wait()
+            return self._export(FINAL, self._evaluated())
+
+    def _train(self, journal: Journal, stop: StopSignals) -> None:
         batches = iter(self.loader)
-        best = min((r["val_loss"] for r in read_log(self.out) if "val_loss" in r), default=math.inf)
+        losses = self.ranks.by_first(lambda: [r["val_loss"] for r in read_log(self.out) if "val_loss" in r])
+        best = min(losses, default=math.inf)
         sums: dict[str, Tensor] = {}
         counted, images, began = 0, 0, time.perf_counter()
         while self.step < self.loop.steps:
@@ -203,39 +257,66 @@ class Trainer:
             if self.average is not None:
                 self._average_rate.fill_(self.average.rate_at(self.step))
             inputs = [t for _ in range(self.optim.accumulation) for t in next(batches)]
-            with _interrupts_wait():
-                for name, value in self._update(inputs).items():
-                    sums[name] = sums.get(name, 0) + value
-                self.step += 1
-                self._place = self.loader.state_dict()
-                images += sum(len(t) for t in inputs[::2])
-                counted += 1
-                last = self.step == self.loop.steps
-                if self.step % self.loop.log_every == 0 or last:
-                    self._check_finite()
-                    means = {name: float(value) / counted for name, value in sums.items()}
-                    rate = images / (time.perf_counter() - began)
-                    journal.record(self.step, {**means, "lr": lr, "images_per_second": rate})
-                    journal.progress(self.step, f"loss {means['loss']:.4f}  {rate:,.0f} images/s")
-                    sums, counted, images, began = {}, 0, 0, time.perf_counter()
+            for name, value in self._update(inputs).items():
+                sums[name] = sums.get(name, 0) + value
+            self.step += 1
+            self._place = self.loader.state_dict()
+            images += sum(len(t) for t in inputs[::2]) * self.ranks.world
+            counted += 1
+            last = self.step == self.loop.steps
+            if self.step % self.loop.log_every == 0 or last:
+                self._check_finite()
+                means = self._means(sums, counted)
+                rate = images / (time.perf_counter() - began)
+                journal.record(self.step, {**means, "lr": lr, "images_per_second": rate})
+                journal.progress(self.step, f"loss {means['loss']:.4f}  {rate:,.0f} images/s")
+                sums, counted, images, began = {}, 0, 0, time.perf_counter()
             paused = time.perf_counter()
-            self.trained.eval()
-            if _due(self.step, self.loop.validate_every) or last:
-                figures = self.task.validate(self.trained)
-                if figures:
-                    journal.record(self.step, figures)
-                if figures.get("val_loss", math.inf) < best:
-                    best = figures["val_loss"]
-                    self._export(BEST)
-                if "note" in figures:
-                    journal.say(f"step {self.step}: {figures['note']}")
-            if _due(self.step, self.loop.picture_every) or last:
-                self._picture()
-            if _due(self.step, self.loop.checkpoint_every) or last:
+            validates, pictures = (
+                _due(self.step, every) or last for every in (self.loop.validate_every, self.loop.picture_every)
+            )
+            if validates or pictures:
+                model = self._evaluated()
+                if validates:
+                    best = self._validate(model, best, journal)
+                if pictures and self.ranks.first:
+                    self._picture(model)
+                self.model.train()
+            stopped = self.ranks.largest(stop.number)
+            if _due(self.step, self.loop.checkpoint_every) or last or stopped:
                 self._check_finite()
                 self._save()
-            self.model.train()
+            if stopped:
+                self._writer.wait()
+                name = signal.Signals(stopped).name
+                journal.say(f"{name}: the checkpoint of step {self.step} holds everything, resume to go on")
+                raise KeyboardInterrupt if stopped == signal.SIGINT else SystemExit(0)
             began += time.perf_counter() - paused
+
+    def _means(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
+        """Means over the steps and ranks, in one transfer from the device."""
+        total = self.ranks.sum(torch.stack([value.double() for value in sums.values()]))
+        return dict(zip(sums, (total / (steps * self.ranks.world)).tolist(), strict=True))
+
+    def _evaluated(self) -> nn.Module:
+        """The trained model in evaluation mode, for one rank alone to call. All ranks must ask for it together."""
+        if self._complete is None:
+            return self.trained.eval()
+        states = self.trained.state_dict()
+        for name, tensor in self._complete.to(self.device).state_dict().items():
+            tensor.copy_(whole(states[name]))
+        return self._complete.eval()
+
+    def _validate(self, model: nn.Module, best: float, journal: Journal) -> float:
+        figures = self.task.validate(model)
+        if figures:
+            journal.record(self.step, figures)
+        if figures.get("val_loss", math.inf) < best:
+            best = figures["val_loss"]
+            self._export(BEST, model)
+        if "note" in figures:
+            journal.say(f"step {self.step}: {figures['note']}")
+        return best
 
     def _plain_update(self, inputs: list[Tensor]) -> dict[str, Tensor]:
         """One optimizer step on accumulated batches `[first, second, first, second, ...]`; returns mean scalars."""
@@ -245,84 +326,97 @@ class Trainer:
         for i in range(count):
             batch = (inputs[2 * i].to(self.device), inputs[2 * i + 1].to(self.device))
             with self._precision():
-                losses = self.task.loss(batch)
+                losses = self._loss(batch, i == count - 1)
             (losses["loss"] / count).backward()
             for name, value in losses.items():
                 means[name] = means.get(name, 0) + value.detach() / count
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip))
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model, self._average_rate)
         self._steps_done += 1
-        bad = ~(means["loss"].isfinite() & norm.isfinite()) & (self._first_bad < 0)
-        self._first_bad.copy_(torch.where(bad, self._steps_done, self._first_bad))
+        good = means["loss"].isfinite() & norm.isfinite()
+        self._first_bad.copy_(torch.minimum(self._first_bad, self._steps_done.masked_fill(good, _NEVER)))
         return {**means, "gradient_norm": norm}
 
-    def _export(self, name: str) -> Path:
-        assert isinstance(self.trained, Pretrained)
-        return self.trained.save_pretrained(self.out / name)
+    def _export(self, name: str, model: nn.Module) -> Path:
+        """Writes the model file by file, each all or nothing, so that a kill leaves the new or the old one."""
+        assert isinstance(model, Pretrained)
+        if self.ranks.first:
+            draft = self.out / f".{name}"
+            shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+            model.save_pretrained(draft)
+            (self.out / name).mkdir(exist_ok=True)
+            for file in draft.iterdir():
+                file.replace(self.out / name / file.name)
+            draft.rmdir()
+        return self.out / name
 
-    def _picture(self) -> None:
-        picture = self.task.picture(self.trained)
+    def _picture(self, model: nn.Module) -> None:
+        picture = self.task.picture(model)
         if picture is not None:
             (self.out / PICTURES).mkdir(exist_ok=True)
             picture.save(self.out / PICTURES / f"step-{self.step:08d}.png")
 
     def _check_finite(self) -> None:
-        first = int(self._first_bad)
-        if first >= 0:
+        first = -self.ranks.largest(-int(self._first_bad))
+        if first < _NEVER:
+            self._writer.wait()
             kept = newest_checkpoint(self.out / CHECKPOINTS)
             raise NonFiniteLossError(
                 f"the loss or its gradient became non-finite at step {first}; "
                 f"the last good checkpoint is {kept or 'none'}. Try a lower learning rate or stronger clipping."
             )
 
-    def _save(self) -> Path:
-        checkpoint = Checkpoint(
-            step=self.step,
-            config=self.config,
-            data=self._place,
-            model=self.model.state_dict(),
-            average=self.average.model.state_dict() if self.average is not None else None,
-            optimizer=self.optimizer.state_dict(),
-            random=random_states(),
-        )
-        return save_checkpoint(self.out / CHECKPOINTS, checkpoint, keep=self.loop.keep)
+    def _save(self) -> None:
+        places = self.ranks.gather((self._place, random_states()))
+        states = self.model.state_dict(), self.average and self.average.model.state_dict(), self.optimizer.state_dict()
+        model, average, optimizer = (host_copy(state, keep=self.ranks.first) for state in states)
+        if self.ranks.first:
+            data, random = ([place[i] for place in places] for i in range(2))
+            self._writer.save(Checkpoint(self.step, self.config, data, model, average, optimizer, random))
 
-    def _restore(self, directory: Path) -> None:
-        checkpoint = load_checkpoint(directory)
-        differences = [d for d in _differences(checkpoint.config, self.config) if not d.startswith("loop.")]
+    def _restore(self, directory: Path) -> str:
+        """Takes everything over from a checkpoint; returns what to tell of what could not be."""
+        saved = load_checkpoint(directory)
+        differences = [d for d in _differences(saved.config, self.config) if not d.startswith("loop.")]
         if differences:
             raise CheckpointError(f"{directory} belongs to another configuration: {'; '.join(differences)}")
-        load_strict(self.model, checkpoint.model, what=str(directory))
-        if self.average is not None and checkpoint.average is not None:
-            load_strict(self.average.model, checkpoint.average, what=str(directory))
+        _load_weights(self.model, saved.model, what=str(directory))
+        if self.average is not None and saved.average is not None:
+            _load_weights(self.average.model, saved.average, what=str(directory))
         # The options are this run's: its learning rate may be a tensor, and a GPU's are not a CPU's.
-        pairs = zip(self.optimizer.param_groups, checkpoint.optimizer["param_groups"], strict=True)
-        groups = [{**own, "params": saved["params"]} for own, saved in pairs]
-        self.optimizer.load_state_dict({**checkpoint.optimizer, "param_groups": groups})
-        self.loader.load_state_dict(checkpoint.data)
-        self._place = checkpoint.data
-        restore_random_states(checkpoint.random)
-        self.step = checkpoint.step
+        pairs = zip(self.optimizer.param_groups, saved.optimizer["param_groups"], strict=True)
+        groups = [{**own, "params": theirs["params"]} for own, theirs in pairs]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            i: {name: t if t.dim() == 0 else divided_like(t, parameters[i]) for name, t in state.items()}
+            for i, state in saved.optimizer["state"].items()
+        }
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.step = saved.step
         self._steps_done.fill_(self.step)
+        world, before = self.ranks.world, len(saved.data)
+        if before == world:
+            self.loader.load_state_dict(saved.data[self.ranks.rank])
+            restore_random_states(saved.random[self.ranks.rank])
+            self._place = self.loader.state_dict()
+            return ""
+        here, there = self._place, saved.data[0]
+        if here["batch"] * world != there["batch"] * before:
+            raise CheckpointError(
+                f"{directory} was trained on batches of {before} x {there['batch']}, not of {world} x {here['batch']}"
+            )
+        self.loader.load_state_dict({**there, "batch": here["batch"], "world": world})
+        self._place = self.loader.state_dict()
+        torch.manual_seed(self.ranks.seed(self.loop.seed, self.step))
+        return f", on {world} ranks after {before}: all goes on but the random states, which start anew"
 
 
-@contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is done, so that what is saved afterwards is a whole step and its record."""
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    if pending and callable(usual):
-        usual(signal.SIGINT, None)
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], *, what: str) -> None:
+    own = model.state_dict()
+    parts = {name: divided_like(t, own[name]) if name in own else t for name, t in weights.items()}
+    load_strict(model, parts, what=what)
 
 
 def _due(step: int, every: int) -> bool:

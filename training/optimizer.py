@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from spectralar.training.distributed import is_sharded, local
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -70,7 +72,8 @@ class OptimizerConfig:
 def build_optimizer(model: nn.Module, config: OptimizerConfig, undecayed: Iterable[str]) -> torch.optim.AdamW:
     """AdamW in two groups: matrices decay; vectors and parameters whose name contains an entry of `undecayed` do not.
 
-    On a GPU the optimizer is fused, and its learning rate is a tensor, so that a captured step can follow a schedule.
+    On a GPU the optimizer is fused, and its learning rate is a tensor, so that a captured step can follow a schedule;
+    steps on sharded parameters are not captured, and fused AdamW takes no plain tensor beside them.
     """
     parts = tuple(undecayed)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -78,6 +81,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, undecayed: Iterab
     chosen = {id(p) for p in plain}
     decayed = [p for _, p in trained if id(p) not in chosen]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if any(is_sharded(p) for _, p in trained):
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=trained[0][1].is_cuda)
     if all(p.is_cuda for _, p in trained):
         lr = torch.tensor(config.lr, device=trained[0][1].device)
         return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True, capturable=True)
@@ -107,8 +112,8 @@ class AveragedModel:
     @torch.no_grad()
     def update(self, model: nn.Module, rate: Tensor) -> None:
         """Moves the average towards `model`; `rate` is a scalar on the model's device."""
-        averages: list[Tensor] = list(self.model.parameters())
-        current: list[Tensor] = list(model.parameters())
+        averages = [local(p) for p in self.model.parameters()]
+        current = [local(p) for p in model.parameters()]
         moves = torch._foreach_sub(current, averages)
         torch._foreach_mul_(moves, rate)
         torch._foreach_add_(averages, moves)

@@ -20,6 +20,7 @@ from spectralar.tokenizer import SpectralTokenizer
 from spectralar.training.data.loader import Batch, ImageLoader, LoaderConfig, crop_batches, evaluation_batches
 from spectralar.training.data.shard_set import ShardSet
 from spectralar.training.data.tokens import TokenBatch, TokenLoader, TokenStore, TokenWriter
+from spectralar.training.distributed import ALONE, Ranks, join_ranks
 from spectralar.training.generator import GeneratorTask
 from spectralar.training.loop import LoopConfig, Trainer
 from spectralar.training.optimizer import OptimizerConfig
@@ -32,7 +33,7 @@ class TokenizerRun:
 
     Attributes:
         model: the tokenizer.
-        data: training images; `data.crop.size` is the model's image size.
+        data: training images; `data.batch` is the batch of all ranks together, `data.crop.size` the model's image size.
         loss: weights of the loss terms.
         optimizer: AdamW and its schedule.
         loop: length, device and what is written when.
@@ -66,7 +67,7 @@ class GeneratorRun:
     Attributes:
         model: the generator; `tokens`, `codebook_size`, `classes` and `class_names` are taken from the token store.
         tokens: folder of the token store.
-        batch: sequences per step.
+        batch: sequences per step, of all ranks together.
         optimizer: AdamW and its schedule.
         loop: length, device and what is written when.
         validation: token store of the validation images; empty for no validation.
@@ -87,7 +88,7 @@ class GeneratorRun:
 
 
 def train_tokenizer(run: TokenizerRun, *, resume: bool = False, console: Console | None = None) -> Path:
-    """Trains a tokenizer; returns the folder of the final model.
+    """Trains a tokenizer; returns the folder of the final model. Under torchrun, on all of its ranks.
 
     Args:
         run: the configuration.
@@ -95,29 +96,37 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, console: Console
         console: where to print; None is standard error.
 
     Raises:
-        ValueError, ShardError, CheckpointError, NonFiniteLossError: see those.
+        ValueError, ShardError, CheckpointError, RunLockedError, NonFiniteLossError, RankLostError: see those.
     """
     _need(run.data.path, "data.path", "a folder of shards (make one with `spectralar shards`)")
-    loader = ImageLoader(run.data)
+    with join_ranks(run.loop.device) as ranks:
+        return _tokenizer_trainer(run, ranks, console).run(resume=resume)
+
+
+def _tokenizer_trainer(run: TokenizerRun, ranks: Ranks, console: Console | None) -> Trainer:
+    data = replace(run.data, batch=ranks.share(run.data.batch, "data.batch"))
+    loader = ImageLoader(data, rank=ranks.rank, world=ranks.world)
     torch.manual_seed(run.loop.seed)
     model = SpectralTokenizer(run.model)
     pictured: Tensor | None = None
 
     def validation() -> Iterable[Batch]:
-        return validation_images(run.validation, run.model.image_size, run.validation_images)
+        return validation_images(run.validation, run.model.image_size, run.validation_images, ranks=ranks)
 
     if run.validation and run.pictured > 0:
         batches = validation_images(run.validation, run.model.image_size, run.pictured)
         pictured = torch.cat([batch.images for batch in batches])
-    task = TokenizerTask(model, run.loss, validation=validation if run.validation else None, pictured=pictured)
-    return Trainer(task, loader, run.optimizer, run.loop, to_dict(run), console=console).run(resume=resume)
+    task = TokenizerTask(
+        model, run.loss, validation=validation if run.validation else None, pictured=pictured, ranks=ranks
+    )
+    return Trainer(task, loader, run.optimizer, run.loop, to_dict(run), ranks=ranks, console=console)
 
 
-def validation_images(path: str, size: int, limit: int, *, batch: int = 64) -> Iterable[Batch]:
-    """Up to `limit` centre-cropped images, evenly spread over the set, in a fixed order."""
+def validation_images(path: str, size: int, limit: int, *, batch: int = 64, ranks: Ranks = ALONE) -> Iterable[Batch]:
+    """Up to `limit` centre-cropped images, evenly spread over the set, in a fixed order; each on one of the ranks."""
     # A rank of evaluation_batches is every stride-th sample, which is the even spread wanted here.
     stride = math.ceil(len(ShardSet.open(path)) / limit)
-    return evaluation_batches(path, batch=batch, size=size, rank=0, world=stride)
+    return evaluation_batches(path, batch=batch, size=size, rank=stride * ranks.rank, world=stride * ranks.world)
 
 
 def tokenize(
@@ -163,7 +172,7 @@ def tokenize(
 
 
 def train_generator(run: GeneratorRun, *, resume: bool = False, console: Console | None = None) -> Path:
-    """Trains a generator; returns the folder of the final model.
+    """Trains a generator; returns the folder of the final model. Under torchrun, on all of its ranks.
 
     Args:
         run: the configuration.
@@ -171,18 +180,24 @@ def train_generator(run: GeneratorRun, *, resume: bool = False, console: Console
         console: where to print; None is standard error.
 
     Raises:
-        ValueError, TokenStoreError, CheckpointError, NonFiniteLossError: see those.
+        ValueError, TokenStoreError, CheckpointError, RunLockedError, NonFiniteLossError, RankLostError: see those.
     """
     _need(run.tokens, "tokens", "a token store (make one with `spectralar tokenize`)")
     if run.model.token_input == "code":
         _need(run.tokenizer, "tokenizer", 'a saved tokenizer, which gives token_input="code" its codes')
+    with join_ranks(run.loop.device) as ranks:
+        return _generator_trainer(run, ranks, console).run(resume=resume)
+
+
+def _generator_trainer(run: GeneratorRun, ranks: Ranks, console: Console | None) -> Trainer:
     store = TokenStore.open(run.tokens)
     run = replace(run, model=fitted(run.model, store))
     held_out = TokenStore.open(run.validation) if run.validation else None
     if held_out is not None and fitted(run.model, held_out) != run.model:
         raise ValueError(f"validation {run.validation} has other tokens, codes or classes than {run.tokens}")
     device = run.loop.resolved_device()
-    loader = TokenLoader(store, run.batch, seed=run.loop.seed, device=device)
+    share = ranks.share(run.batch, "batch")
+    loader = TokenLoader(store, share, seed=run.loop.seed, device=device, rank=ranks.rank, world=ranks.world)
     tokenizer = SpectralTokenizer.from_pretrained(run.tokenizer, device=device) if run.tokenizer else None
     digest = weights_digest(tokenizer) if tokenizer is not None else store.info.tokenizer_digest
     for path, source in ((run.tokens, store), (run.validation, held_out)):
@@ -193,8 +208,9 @@ def train_generator(run: GeneratorRun, *, resume: bool = False, console: Console
 
     def validation() -> Iterable[TokenBatch]:
         assert held_out is not None
-        tokens = torch.from_numpy(held_out.tokens.astype("int64")).split(256)
-        labels = torch.from_numpy(held_out.labels.astype("int64")).split(256)
+        mine = slice(ranks.rank, None, ranks.world)
+        tokens = torch.from_numpy(held_out.tokens[mine].astype("int64")).split(256)
+        labels = torch.from_numpy(held_out.labels[mine].astype("int64")).split(256)
         return map(TokenBatch, tokens, labels)
 
     task = GeneratorTask(
@@ -203,8 +219,9 @@ def train_generator(run: GeneratorRun, *, resume: bool = False, console: Console
         tokenizer=tokenizer,
         pictured=run.pictured or tuple(range(min(4, run.model.classes))),
         settings=run.sampling,
+        ranks=ranks,
     )
-    return Trainer(task, loader, run.optimizer, run.loop, to_dict(run), console=console).run(resume=resume)
+    return Trainer(task, loader, run.optimizer, run.loop, to_dict(run), ranks=ranks, console=console)
 
 
 def fitted(config: GeneratorConfig, store: TokenStore) -> GeneratorConfig:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spectralar.kernels.vq import code_usage
 from spectralar.pictures import prefix_strip
 from spectralar.tokenizer import SpectralTokenizer
+from spectralar.training.distributed import ALONE, Ranks
 from spectralar.training.evaluation.reconstruction import default_lengths, evaluate_tokenizer
 
 
@@ -35,8 +36,9 @@ class TokenizerTask:
     Args:
         model: the tokenizer.
         loss: weights of the terms.
-        validation: gives batches of validation images in a fixed order, or None for no validation.
+        validation: gives batches of this rank's validation images in a fixed order, or None for no validation.
         pictured: images `[B, 3, S, S]` for the strips, or None.
+        ranks: the processes that train together.
     """
 
     title = "tokenizer"
@@ -50,22 +52,28 @@ class TokenizerTask:
         *,
         validation: Callable[[], Iterable[Any]] | None = None,
         pictured: Tensor | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.weights, self.validation, self.pictured = model, loss, validation, pictured
+        self.ranks = ranks
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Scalars of one batch `(images [B, 3, S, S], labels)`: loss, pixel, codebook, commitment, codes in use."""
+        """Scalars of one batch `(images [B, 3, S, S], labels)`: loss, pixel, codebook, commitment, codes in use.
+
+        The codes in use are those of all ranks' batches, the others are this rank's.
+        """
         images, config = batch[0], self.model.config
         lengths = torch.randint(1, config.tokens + 1, (len(images),), device=images.device)
         out = self.model(images, lengths)
         pixel = self.model.pixel_loss(out.images, images, lengths)
         quantizer = out.codebook_loss + out.commitment_loss
+        usage = self.ranks.sum(code_usage(out.tokens, config.codebook_size))
         return {
             "loss": self.weights.pixel * pixel + self.weights.quantizer * quantizer,
             "pixel": pixel,
             "codebook": out.codebook_loss,
             "commitment": out.commitment_loss,
-            "codes_used": (code_usage(out.tokens, config.codebook_size) > 0).sum().float(),
+            "codes_used": (usage > 0).sum().float(),
         }
 
     def validate(self, model: nn.Module) -> dict[str, Any]:
@@ -73,7 +81,7 @@ class TokenizerTask:
         assert isinstance(model, SpectralTokenizer)
         if self.validation is None:
             return {}
-        report = evaluate_tokenizer(model, self.validation())
+        report = evaluate_tokenizer(model, self.validation(), ranks=self.ranks)
         pairs = "  ".join(f"n={n} {value:.2f}" for n, value in zip(report.lengths, report.psnr, strict=True))
         note = f"PSNR (dB) {pairs}; {report.codes_used} codes in use"
         return {**{f"val_{name}": value for name, value in asdict(report).items()}, "note": note}

@@ -30,9 +30,9 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 _DISTRIBUTIONS = {"flash2": "flash-attn", "flash4": "flash-attn-4"}
 _MODULES = {"flash2": "flash_attn", "flash4": "flash_attn.cute"}
 
-# What is fastest where it works, by major compute capability and phase, as far as it has been measured and tested there.
-# Ours took 366 us on an H100 where two calls of sdpa take 763 (README.md), but its kernels have been rewritten since and
-# not run on a GPU: so far they are for those who ask for them.
+# What is fastest where it works, by major compute capability and phase, as far as it has been measured and tested.
+# Ours took 366 us on an H100 where two calls of sdpa take 763 (README.md), but its kernels have been rewritten since
+# and have not run on a GPU: so far they are for those who ask for them.
 _FASTEST: dict[tuple[int, str], Backend] = {
     (8, "inference"): "sdpa",
     (8, "training"): "sdpa",

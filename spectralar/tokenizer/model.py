@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -118,6 +119,15 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
         if config.dead_codes == "restart":
             # No code counts as dead in the beginning.
             self.register_buffer("usage", torch.full((config.codebook_size,), 1 / config.codebook_size))
+        self._joined: Callable[[Tensor], Tensor] = _alone
+
+    def over_ranks(self, join: Callable[[Tensor], Tensor]) -> None:
+        """Lets dead codes be those that no rank uses, and restart from all ranks' latents, the same on every rank.
+
+        Args:
+            join: gives every rank's tensor end to end along the first dimension, on every rank alike.
+        """
+        self._joined = join
 
     @property
     def device(self) -> torch.device:
@@ -238,10 +248,12 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
         normalize = self.config.normalize_codes
         if restart:
             with torch.no_grad():
-                self.codebook.copy_(vq.restart_dead_codes(self.codebook, self.usage, latents, normalize=normalize))
+                everyone = self._joined(latents)
+                self.codebook.copy_(vq.restart_dead_codes(self.codebook, self.usage, everyone, normalize=normalize))
         quantized = vq.vector_quantize(latents, self.codebook, normalize=normalize, commitment=self.config.commitment)
         if restart:
-            self.usage.copy_(vq.update_usage(self.usage, vq.code_usage(quantized.indices, self.config.codebook_size)))
+            counts = vq.code_usage(self._joined(quantized.indices), self.config.codebook_size)
+            self.usage.copy_(vq.update_usage(self.usage, counts))
         rebuilt = self.decoder(quantized.quantized, lengths)
         return TokenizerOutput(rebuilt, quantized.indices, quantized.commitment_loss, quantized.codebook_loss)
 
@@ -269,3 +281,7 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
         readable = wait or lengths.device.type == "cpu"
         if readable and batch and not (1 <= int(lengths.min()) and int(lengths.max()) <= tokens):
             raise ValueError(f"lengths must be 1..{tokens}, not {int(lengths.min())}..{int(lengths.max())}")
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x

@@ -77,3 +77,23 @@ def bench(
     photo_shards: Path, token_store: TokenStore, tokenizer_config: TokenizerConfig, generator_config: GeneratorConfig
 ) -> Bench:
     return Bench(photo_shards, token_store, tokenizer_config, generator_config)
+
+
+@pytest.fixture
+def tokenizer_yaml(tmp_path: Path) -> str:
+    """A tokenizer of a few thousand weights, trained for six steps, as a file for `--config`."""
+    path = tmp_path / "tokenizer.yaml"
+    path.write_text("""
+model:
+  image_size: 16
+  patch_size: 4
+  tokens: 4
+  codebook_size: 16
+  code_dim: 4
+  encoder: {width: 32, depth: 1, heads: 2}
+  decoder: {width: 32, depth: 1, heads: 2}
+data: {batch: 4, workers: 0, cache: false, crop: {size: 16, kind: random, resize: 18, scale: [0.25, 1.0]}}
+optimizer: {warmup: 2, lr: 0.001}
+loop: {steps: 6, device: cpu, log_every: 1, validate_every: 0, picture_every: 0, checkpoint_every: 2}
+""")
+    return str(path)

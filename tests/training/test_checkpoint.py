@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from spectralar.training import checkpoint as module
 from spectralar.training.checkpoint import (
     Checkpoint,
     CheckpointError,
+    CheckpointWriter,
     checkpoints,
+    host_copy,
     load_checkpoint,
     newest_checkpoint,
     random_states,
@@ -32,11 +35,11 @@ def make(step: int, *, average: bool = True) -> Checkpoint:
     return Checkpoint(
         step=step,
         config={"model": {"sizes": [1, 2], "name": "ü"}, "lr": 0.1},
-        data={"step": 3 * step, "digest": "d"},
+        data=[{"step": 3 * step, "digest": "d"}, {"step": 3 * step, "digest": "e"}],
         model=weights,
         average={name: 2 * tensor for name, tensor in weights.items()} if average else None,
         optimizer=optimizer.state_dict(),
-        random=random_states(),
+        random=[random_states(), {"cpu": torch.arange(5)}],
     )
 
 
@@ -152,6 +155,60 @@ def test_full_disk_names_the_last_complete_one(
     assert f"last complete one is {good or 'none'}" in text
     assert list(root.iterdir()) == ([good] if good else [])
     assert good is None or load_checkpoint(good).step == 1
+
+
+def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
+    for name in (".partial-step-00000007", ".partial-step-00000001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    saved = save_checkpoint(tmp_path, make(9))
+    assert list(tmp_path.iterdir()) == [saved]
+
+
+def test_killed_while_an_old_one_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it is not taken for a checkpoint."""
+    save_checkpoint(tmp_path, make(1))
+
+    def half(path: Path, **_: object) -> None:
+        (path / "optimizer.pt").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, make(2), keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def test_the_writer_writes_one_after_the_other_and_tells_of_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CheckpointWriter(tmp_path, keep=2)
+    writer.wait()
+    for step in (1, 2, 3):
+        writer.save(make(step))
+    writer.wait()
+    assert [load_checkpoint(path).step for path in checkpoints(tmp_path)] == [2, 3]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", full)
+        writer.save(make(4))
+        with pytest.raises(CheckpointError, match=r"step 4 under .*No space left.*complete one is .*step-00000003"):
+            writer.save(make(5))
+    writer.wait()
+    assert [load_checkpoint(path).step for path in checkpoints(tmp_path)] == [2, 3]
+
+
+def test_host_copies_do_not_follow_what_they_were_taken_from() -> None:
+    weight = torch.zeros(2)
+    tree = {"a": weight, "b": [{"c": weight, "d": 5}], "e": None}
+    copied = host_copy(tree)
+    weight += 1
+    assert same(copied, {"a": torch.zeros(2), "b": [{"c": torch.zeros(2), "d": 5}], "e": None})
+    assert host_copy(tree, keep=False) == {"a": None, "b": [{"c": None, "d": 5}], "e": None}
 
 
 def test_a_root_that_cannot_be_made(tmp_path: Path) -> None:

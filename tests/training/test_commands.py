@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,20 +19,6 @@ from spectralar.training.data import Crop, TokenStore, apply_crop, decode_image
 from spectralar.training.journal import read_log
 from spectralar.training.loop import Trainer
 
-TOKENIZER_YAML = """
-model:
-  image_size: 16
-  patch_size: 4
-  tokens: 4
-  codebook_size: 16
-  code_dim: 4
-  encoder: {width: 32, depth: 1, heads: 2}
-  decoder: {width: 32, depth: 1, heads: 2}
-data: {batch: 4, workers: 0, cache: false, crop: {size: 16, kind: random, resize: 18, scale: [0.25, 1.0]}}
-optimizer: {warmup: 2, lr: 0.001}
-loop: {steps: 6, device: cpu, log_every: 1, validate_every: 0, picture_every: 0, checkpoint_every: 2}
-"""
-
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -40,9 +27,8 @@ def wide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> str:
-    (tmp_path / "tokenizer.yaml").write_text(TOKENIZER_YAML)
-    return str(tmp_path / "tokenizer.yaml")
+def config(tokenizer_yaml: str) -> str:
+    return tokenizer_yaml
 
 
 @pytest.fixture
@@ -244,8 +230,11 @@ def test_help_names_presets_and_fields(capsys: pytest.CaptureFixture[str], stage
 def test_an_interrupt_exits_with_130(
     config: str, photo_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+    update = Trainer._plain_update
+
+    def interrupted(trainer: Trainer, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        signal.raise_signal(signal.SIGINT)
+        return update(trainer, inputs)
 
     monkeypatch.setattr(Trainer, "_plain_update", interrupted)
     call = ["--config", config, "--data.path", str(photo_shards / "train"), "--loop.out", "run", "--preset", "demo-cpu"]

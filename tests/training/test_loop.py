@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from dataclasses import replace
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from spectralar.generator import SpectralGenerator
 from spectralar.tokenizer import SpectralTokenizer
-from spectralar.training.checkpoint import checkpoints, load_checkpoint
+from spectralar.training import checkpoint
+from spectralar.training.checkpoint import CheckpointError, checkpoints, load_checkpoint
 from spectralar.training.data import TokenLoader
 from spectralar.training.journal import read_log
 from spectralar.training.loop import LoopConfig, NonFiniteLossError, Trainer
@@ -210,6 +212,25 @@ def test_keep_and_zero_intervals(bench: Bench, tmp_path: Path) -> None:
     assert [p.name[-1] for p in checkpoints(tmp_path / "one" / "checkpoints")] == ["4", "5", "6"]
     bench.trainer("generator", tmp_path / "two", steps=6, checkpoint_every=0).run()
     assert [p.name[-1] for p in checkpoints(tmp_path / "two" / "checkpoints")] == ["6"]
+
+
+def test_a_full_disk_stops_the_run_with_the_last_good_checkpoint(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        trainer._writer.wait()  # the checkpoint of step 4
+        monkeypatch.setattr(checkpoint, "save_file", full)
+        return losses
+
+    trainer = bench.trainer("generator", tmp_path, hook=at(5, fill), checkpoint_every=2)
+    with pytest.raises(CheckpointError, match=r"step 6 under .*No space left.*last complete one is .*step-00000004"):
+        trainer.run()
+    assert trainer.step == 8
+    monkeypatch.undo()
+    bench.trainer("generator", tmp_path, checkpoint_every=2).run(resume=True)
 
 
 def test_bf16_trains_weights_that_stay_fp32(bench: Bench, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spectralar.training.checkpoint import CheckpointError, checkpoints, load_checkpoint
 from spectralar.training.journal import read_log
+from spectralar.training.lock import LOCK_FILE
 from tests.training.harness import (
     KINDS,
     OPTIMIZER,
@@ -70,13 +71,40 @@ def test_an_interrupt_is_held_back_to_the_end_of_the_step(bench: Bench, tmp_path
         bench.trainer("tokenizer", tmp_path / "stopped", optimizer=optimizer, hook=at(call, interrupt)).run()
     assert signal.getsignal(signal.SIGINT) is handler
     assert checkpoints(tmp_path / "stopped" / "checkpoints")[-1].name == "step-00000007"
-    assert "interrupted" in bench.printed() and "resume to go on" in bench.printed()
+    assert "SIGINT: the checkpoint of step 7 holds everything, resume to go on" in bench.printed()
     bench.trainer("tokenizer", tmp_path / "stopped", optimizer=optimizer).run(resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
+def test_sigterm_saves_and_exits_with_0(bench: Bench, tmp_path: Path) -> None:
+    def terminate(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        signal.raise_signal(signal.SIGTERM)
+        return losses
+
+    bench.trainer("generator", tmp_path / "straight").run()
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        bench.trainer("generator", tmp_path / "stopped", hook=at(4, terminate)).run()
+    assert stopped.value.code == 0 and signal.getsignal(signal.SIGTERM) is handler
+    assert "SIGTERM: the checkpoint of step 4 holds everything" in bench.printed()
+    bench.trainer("generator", tmp_path / "stopped").run(resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(bench: Bench, tmp_path: Path) -> None:
+    def twice(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second one came too late")
+
+    trainer = bench.trainer("generator", tmp_path, hook=at(4, twice))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert trainer.step == 3 and checkpoints(tmp_path / "checkpoints") == []
+
+
 def test_an_interrupt_while_batches_are_fetched_loses_none(bench: Bench, tmp_path: Path) -> None:
-    """It falls after the first of the two batches of step 3, which the resumed run must fetch again."""
+    """It falls before the second of the two batches of step 3, which is trained on all the same."""
     optimizer = replace(OPTIMIZER, accumulation=2)
     bench.trainer("generator", tmp_path / "straight", optimizer=optimizer).run()
     stopped = bench.trainer("generator", tmp_path / "stopped", optimizer=optimizer)
@@ -91,7 +119,7 @@ def test_an_interrupt_while_batches_are_fetched_loses_none(bench: Bench, tmp_pat
         def __next__(self) -> Any:
             self.count += 1
             if self.count == 6:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
             return next(self.loader)
 
         def state_dict(self) -> dict[str, Any]:
@@ -103,7 +131,7 @@ def test_an_interrupt_while_batches_are_fetched_loses_none(bench: Bench, tmp_pat
     stopped.loader = Interrupting(stopped.loader)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
-    assert load_checkpoint(tmp_path / "stopped" / "checkpoints" / "step-00000002").data["step"] == 4
+    assert load_checkpoint(tmp_path / "stopped" / "checkpoints" / "step-00000003").data[0]["step"] == 6
     bench.trainer("generator", tmp_path / "stopped", optimizer=optimizer).run(resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
@@ -146,10 +174,14 @@ def test_another_configuration_is_refused_by_name(bench: Bench, tmp_path: Path) 
 
 def test_existing_checkpoints_without_resume_are_refused(bench: Bench, tmp_path: Path) -> None:
     bench.trainer("generator", tmp_path, steps=2).run()
-    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+
+    def files() -> list[tuple[Path, int]]:
+        return sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.name != LOCK_FILE)
+
+    before = files()
     with pytest.raises(CheckpointError, match=r"step-00000002 exists: resume that run, or choose another directory"):
         bench.trainer("generator", tmp_path).run()
-    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    assert files() == before
 
 
 def test_resume_keeps_the_options_of_this_machine(bench: Bench, tmp_path: Path) -> None:

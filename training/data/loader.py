@@ -262,8 +262,9 @@ def _data_loader(
 
 
 def _leave_interrupts(_: int) -> None:
-    """Ctrl-C reaches a whole terminal group; the training process alone answers it, after its step."""
+    """Ctrl-C and torchrun's SIGTERM go to a whole process group; the training process alone answers, after its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)
 
 
 def _as_is(batch: Any) -> Any:

@@ -13,6 +13,7 @@ from spectralar.images import psnr, to_float
 from spectralar.kernels.dct import spectral_targets
 from spectralar.kernels.vq import code_usage, perplexity
 from spectralar.tokenizer import SpectralTokenizer
+from spectralar.training.distributed import ALONE, Ranks
 
 _MOST = 99.0
 
@@ -61,57 +62,55 @@ def evaluate_tokenizer(
     *,
     lengths: Sequence[int] | None = None,
     drop_cost: bool = False,
+    ranks: Ranks = ALONE,
 ) -> TokenizerReport:
-    """Measures a tokenizer on every image of `batches`.
+    """Measures a tokenizer on every image of `batches`, those of all ranks together.
 
     Args:
         tokenizer: in evaluation mode.
         batches: tuples whose first entry is images `[B, 3, S, S]`, uint8 or floating in [0, 1].
         lengths: prefix lengths; None is `default_lengths`.
         drop_cost: also measure what every single token is worth, at the price of N more decodings.
+        ranks: the processes that measure together; all get the same report.
 
     Raises:
-        ValueError: no images.
+        ValueError: no images on any rank.
     """
     config = tokenizer.config
     chosen = tuple(lengths or default_lengths(config.tokens))
     tokens_seen: list[Tensor] = []
     images_seen: list[Tensor] = []
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, values: Tensor) -> None:
-        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + values.double().sum().cpu()
-
+    # Sums over images of every figure, and their number; the codes' counts [N, K].
+    sums = torch.zeros(2 + 3 * len(chosen), dtype=torch.float64)
+    usage = torch.zeros(config.tokens, config.codebook_size, dtype=torch.int64)
     for batch in batches:
         images = to_float(batch[0].to(tokenizer.device), size=config.image_size)
         tokens = tokenizer.encode(images)
         tokens_seen.append(tokens)
         images_seen.append(batch[0])
-        add("mean", _psnr(images.mean((2, 3), keepdim=True).expand_as(images), images))
+        figures = [torch.ones(len(images)), _psnr(images.mean((2, 3), keepdim=True).expand_as(images), images)]
         for n in chosen:
             rebuilt = tokenizer.decode(tokens[:, :n])
             target = spectral_targets(images, config.cutoffs[n - 1])
-            add(f"image{n}", _psnr(rebuilt, images))
-            add(f"target{n}", _psnr_unclamped(rebuilt, target))
-            add(f"ideal{n}", _psnr(target, images))
-    if not tokens_seen:
+            figures += [_psnr(rebuilt, images), _psnr_unclamped(rebuilt, target), _psnr(target, images)]
+        sums += torch.stack([values.double().sum().cpu() for values in figures])
+        usage += torch.stack([code_usage(column, config.codebook_size) for column in tokens.unbind(1)]).cpu()
+    total, *rest = ranks.sum(sums).tolist()
+    if not total:
         raise ValueError("batches holds no images")
-    tokens = torch.cat(tokens_seen)
-    total = len(tokens)
-
+    usage = ranks.sum(usage)
+    mean_colour, *by_length = (value / total for value in rest)
     costs: tuple[float, ...] = ()
     if drop_cost:
-        full = float(sums[f"image{config.tokens}"]) / total if config.tokens in chosen else None
-        costs = _drop_costs(tokenizer, tokens, images_seen, full)
-    usage = [code_usage(column, config.codebook_size) for column in tokens.unbind(1)]
-    overall = torch.stack(usage).sum(0)
+        costs = _drop_costs(tokenizer, tokens_seen, images_seen, usage.argmax(1).tolist(), ranks)
+    overall = usage.sum(0)
     return TokenizerReport(
-        images=total,
+        images=int(total),
         lengths=chosen,
-        psnr=tuple(float(sums[f"image{n}"]) / total for n in chosen),
-        psnr_target=tuple(float(sums[f"target{n}"]) / total for n in chosen),
-        psnr_ideal=tuple(float(sums[f"ideal{n}"]) / total for n in chosen),
-        psnr_mean_colour=float(sums["mean"]) / total,
+        psnr=tuple(by_length[0::3]),
+        psnr_target=tuple(by_length[1::3]),
+        psnr_ideal=tuple(by_length[2::3]),
+        psnr_mean_colour=mean_colour,
         distinct=tuple(int((counts > 0).sum()) for counts in usage),
         entropy=tuple(float(perplexity(counts).log2()) for counts in usage),
         codes_used=int((overall > 0).sum()),
@@ -130,19 +129,18 @@ def _psnr_unclamped(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def _drop_costs(
-    tokenizer: SpectralTokenizer, tokens: Tensor, images: Sequence[Tensor], full: float | None
+    tokenizer: SpectralTokenizer, tokens: list[Tensor], images: list[Tensor], silent: list[int], ranks: Ranks
 ) -> tuple[float, ...]:
-    silent = tokens.mode(dim=0).values
-    chunks = tokens.split([len(batch) for batch in images])
-
-    def mean_psnr(position: int | None) -> float:
-        total = 0.0
-        for chunk, batch in zip(chunks, images, strict=True):
-            if position is not None:
-                chunk = chunk.clone()
-                chunk[:, position] = silent[position]
-            total += float(_psnr(tokenizer.decode(chunk), to_float(batch.to(tokens.device))).double().sum())
-        return total / len(tokens)
-
-    reference = mean_psnr(None) if full is None else full
-    return tuple(reference - mean_psnr(position) for position in range(tokens.shape[1]))
+    """`silent` is every position's most frequent code."""
+    # Sums of all tokens' PSNR, then without each position; then the number of images.
+    sums = torch.zeros(len(silent) + 2, dtype=torch.float64)
+    for chunk, batch in zip(tokens, images, strict=True):
+        truth = to_float(batch.to(chunk.device))
+        variants = [chunk]
+        for position, code in enumerate(silent):
+            variants.append(chunk.clone())
+            variants[-1][:, position] = code
+        values = [_psnr(tokenizer.decode(variant), truth).double().sum().cpu() for variant in variants]
+        sums += torch.stack([*values, torch.tensor(float(len(chunk)), dtype=torch.float64)])
+    full, *without, total = ranks.sum(sums).tolist()
+    return tuple((full - value) / total for value in without)
