@@ -50,7 +50,9 @@ class GeneratorTask:
         self.pictured, self.settings = pictured, settings or SamplingSettings()
         if tokenizer is not None and pictured:
             try:  # the first picture may be hours away
-                Sampler(model, tokenizer).stream(pictured, list(range(len(pictured))), self.settings)
+                Sampler(model, tokenizer, backend="reference").stream(
+                    pictured, list(range(len(pictured))), self.settings
+                )
             except ValueError as error:
                 raise ValueError(f"the pictured samples cannot be drawn: {error}") from error
 
@@ -96,7 +98,8 @@ class GeneratorTask:
             return None
         columns = 4
         classes = [c for c in self.pictured for _ in range(columns)]
-        sampler = Sampler(model, self.tokenizer.to(model.device))
+        # One batch of ever new weights is not worth recording.
+        sampler = Sampler(model, self.tokenizer.to(model.device), backend="reference")
         images = sampler.generate(classes, list(range(len(classes))), self.settings)
         names = model.config.class_names or tuple(str(i) for i in range(model.config.classes))
         rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
