@@ -17,7 +17,7 @@ SPILLED = 256
 """Bytes of local memory that a thread may use: what a loss adds to a full kernel, never an array."""
 
 
-@pytest.mark.parametrize("room", ["attention", "dct", "decode", "draw", "norm", "vq"])
+@pytest.mark.parametrize("room", ["attention", "dct", "decode", "decode_batch", "draw", "norm", "vq"])
 def test_kernels_compile_and_fit(room: str) -> None:
     # In a process of its own: here the interpreter has taken the kernels over.
     done = subprocess.run(
