@@ -81,12 +81,14 @@ def recording() -> Iterator[list[Launch]]:
         for i, parameter in enumerate(self.params):
             value = given.get(parameter.name, parameter.default)
             kind = _kind(value)
-            if parameter.is_constexpr or kind == "constexpr" or (kind == "i32" and value == 1):
+            # A number may be compiled in where it is 1, or known to be divisible by 16, unless the kernel forbids it.
+            special = not parameter.do_not_specialize
+            if parameter.is_constexpr or kind == "constexpr" or (special and kind == "i32" and value == 1):
                 signature[parameter.name] = "constexpr"
                 constants[(i,)] = value
                 continue
             signature[parameter.name] = kind
-            if isinstance(value, torch.Tensor) or (kind in ("i32", "i64") and value % 16 == 0):
+            if isinstance(value, torch.Tensor) or (special and kind in ("i32", "i64") and value % 16 == 0):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         found.append(Launch(self, signature, constants, attributes, options))
 
