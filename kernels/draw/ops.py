@@ -69,7 +69,9 @@ def draw_group(
         )  # fmt: skip
         return
     with torch.cuda.device_of(logits):
-        kernel.launch_group(tokens, logits, seeds, first, scales, given, temperature, top_k, top_p, greedy)
+        kernel.launch_group(
+            tokens, logits, seeds.contiguous(), first, scales.contiguous(), given, temperature, top_k, top_p, greedy
+        )
 
 
 @draw_group.register_fake

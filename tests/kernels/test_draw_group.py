@@ -58,6 +58,17 @@ def one_by_one(tokens: Tensor, first: int, given: int, values: dict[str, Any], *
     return tokens
 
 
+def test_columns_of_seeds_and_scales(implementation: str) -> None:
+    """Numbers in memory with gaps between them."""
+    values = inputs(3, 1, True)
+    apart = {**values, **{name: values[name][:, None].repeat(1, 5)[:, 0] for name in ("seeds", "scales")}}
+    assert not apart["seeds"].is_contiguous() and not apart["scales"].is_contiguous()
+    found = [torch.zeros(3, LENGTH, dtype=torch.int64, device=DEVICE) for _ in range(2)]
+    for tokens, given in zip(found, (values, apart), strict=True):
+        draw_group(tokens, first=number(LENGTH - 1), given=number(0), **given)
+    assert found[0].any() and torch.equal(*found)
+
+
 @pytest.mark.parametrize("options", FILTERS)
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("group", [1, 2])
