@@ -2,8 +2,8 @@
 
 One seam for every model of this package. The backends: `triton`, our kernels for GPUs, heads of up to 128 in bf16 and
 fp16; `sdpa`, PyTorch's fused attention; `flash2` and `flash4`, the packages flash-attn and flash-attn-4 where
-installed; `reference`, an explicit softmax in fp32. None lets `backends.py` choose: `triton` where it works, else
-`sdpa`. The logger `spectralar.kernels.attention.backends` tells once what was chosen and why.
+installed; `reference`, an explicit softmax in fp32. None lets `backends.py` choose by its table of what has been
+measured and tested, else `sdpa`. The logger `spectralar.kernels.attention.backends` tells once what was chosen and why.
 """
 
 from __future__ import annotations

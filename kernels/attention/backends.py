@@ -30,15 +30,10 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 _DISTRIBUTIONS = {"flash2": "flash-attn", "flash4": "flash-attn-4"}
 _MODULES = {"flash2": "flash_attn", "flash4": "flash_attn.cute"}
 
-# What is fastest where it works, by major compute capability and phase, as far as it has been measured and tested.
-# Ours took 366 us on an H100 where two calls of sdpa take 763 (README.md), but its kernels have been rewritten since
-# and have not run on a GPU: so far they are for those who ask for them.
-_FASTEST: dict[tuple[int, str], Backend] = {
-    (8, "inference"): "sdpa",
-    (8, "training"): "sdpa",
-    (9, "inference"): "sdpa",
-    (9, "training"): "sdpa",
-}
+# What is faster than sdpa where it works, by major compute capability and phase, as far as it has been measured and
+# tested. Ours took 366 us on an H100 where two calls of sdpa take 763 (README.md), but its kernels have been rewritten
+# since and have not run on a GPU: so far they are for those who ask for them.
+_FASTEST: dict[tuple[int, str], Backend] = {}
 
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
@@ -95,12 +90,14 @@ def choose(forced: Backend | None, q: Tensor, case: Case, training: bool) -> Bac
         return "sdpa"
     phase = "training" if training else "inference"
     capability = _capability(q.device)
-    chosen = _FASTEST.get((capability, phase), "sdpa")
-    why = obstacle(chosen, q, case, training)
+    place = f"{phase} on compute capability {capability}"
+    chosen, reason = _FASTEST.get((capability, phase)), f"nothing else is tested for {place}"
+    if chosen is not None:
+        why = obstacle(chosen, q, case, training)
+        chosen, reason = (chosen, f"fastest for {place}") if why is None else (None, f"{chosen} {why}")
     if not torch.compiler.is_compiling():
-        reason = f"fastest for {phase} on compute capability {capability}" if why is None else f"{chosen} {why}"
-        _tell(f"attention backend: {chosen if why is None else 'sdpa'} ({reason})")
-    return chosen if why is None else "sdpa"
+        _tell(f"attention backend: {chosen or 'sdpa'} ({reason})")
+    return chosen or "sdpa"
 
 
 def attention_of(backend: str) -> Attend:

@@ -333,6 +333,10 @@ def test_the_choice_and_its_reason_are_told_once(
         "attention backend: sdpa (triton needs bfloat16 or float16, not torch.float32)",
     ]
     assert backends.choose(None, torch.zeros(1, 1, 1, 16), "plain", False) == "sdpa"
+    with caplog.at_level(logging.INFO, logger="spectralar.kernels.attention.backends"):
+        assert backends.choose(None, half, "plain", True) == "sdpa"  # type: ignore[arg-type]
+    told = "attention backend: sdpa (nothing else is tested for training on compute capability 9)"
+    assert caplog.records[-1].getMessage() == told
 
 
 @pytest.mark.parametrize("mask, role", MASKS)
