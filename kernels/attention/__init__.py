@@ -3,7 +3,8 @@
 One seam for every model of this package. The backends: `triton`, our kernels for GPUs, heads of up to 128 in bf16 and
 fp16; `sdpa`, PyTorch's fused attention; `flash2` and `flash4`, the packages flash-attn and flash-attn-4 where
 installed; `reference`, an explicit softmax in fp32. None lets `backends.py` choose by its table of what has been
-measured and tested, else `sdpa`. The logger `spectralar.kernels.attention.backends` tells once what was chosen and why.
+measured and tested (`triton` on Hopper), else `sdpa`. The logger `spectralar.kernels.attention.backends` tells once
+what was chosen and why.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def spectral_targets(
     their channel of their image, and no further.
 
     On a GPU one pass reads the images and writes the sub-images, sides of at most 256 pixels given; longer sides,
-    fp64 and `precision="exact"` run as four matrix products.
+    fp64 and `precision="exact"` run as four matrix products in fp64.
 
     Args:
         images: `[B, C, H, W]`, uint8 (divided by 255) or floating; H and W at least 1.

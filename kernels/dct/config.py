@@ -10,6 +10,9 @@ LOW = 64
 LARGEST = 256
 """The longest side that the kernels take; longer ones take the reference."""
 
+EXACT = 32
+"""Samples of sub-images, or planes of a transform, at a time in fp64 on a GPU."""
+
 
 @dataclass(frozen=True)
 class LowRankConfig:

@@ -69,9 +69,13 @@ def spectral_mse(prediction: Tensor, images: Tensor, cutoffs: int | Sequence[int
 def spectral_mse_and_gradient(
     prediction: Tensor, images: Tensor, cutoffs: int | Sequence[int] | Tensor
 ) -> tuple[Tensor, Tensor]:
+    # [B, C, H, W] twice -> [], [B, C, H, W]
+    return mse_and_gradient(prediction, spectral_targets(images, cutoffs, out_dtype=work_dtype(prediction, images)))
+
+
+def mse_and_gradient(prediction: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     # [B, C, H, W] twice -> [], [B, C, H, W]; the mean over nothing is zero
-    dtype = work_dtype(prediction, images)
-    difference = prediction.to(dtype) - spectral_targets(images, cutoffs, out_dtype=dtype)
+    difference = prediction.to(targets.dtype) - targets
     count = max(1, difference.numel())
     return difference.square().sum() / count, (difference * (2 / count)).to(prediction.dtype)
 
