@@ -10,8 +10,8 @@ import torch
 
 from spectralar.bench.timing import Call, prepare, take_turns
 
-# Far beyond any cache; on a GPU with less memory an eighth of what is free.
-_GPU_BYTES = 4 * 2**30
+# Several times any cache, and the size of the tensors that are measured; an eighth of what is free, if that is less.
+_GPU_BYTES = 256 * 2**20
 _CPU_BYTES = 64 * 2**20
 _GPU_SIDE = 8192
 _CPU_SIDE = 384

@@ -208,8 +208,12 @@ _P3 = NearestCase(target="P3", condition=within_microseconds(25))
 _P3_LARGE = replace(_P3, tokens=65536, condition=within_microseconds(80))
 _P4 = NearestCase(width=16, codes=65536, target="P4", condition=within_microseconds(300))
 
+_TARGETS = (_P3, _P3_LARGE, _P4)
+
 CASES: tuple[Case, ...] = (
-    *(replace(case, normalize=normalize) for case in (_P3, _P3_LARGE, _P4) for normalize in (True, False)),
+    *_TARGETS,
+    # The tokenizer compares cosines; distances of unscaled vectors are an option without a target.
+    *(replace(case, normalize=False, target=None, condition=None) for case in _TARGETS),
     NearestCase(tokens=174080, width=32),
     NearestCase(dtype=torch.bfloat16),
     QuantizeCase(),

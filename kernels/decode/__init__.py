@@ -7,7 +7,27 @@ import torch
 from . import batch_kernel, launch, reference
 from .state import DecodeState, DecodeWeights
 
-__all__ = ["DecodeState", "DecodeWeights", "decode_step", "implementation"]
+__all__ = ["DecodeState", "DecodeWeights", "decode_step", "implementation", "obstacle"]
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, *, length: int, group: int) -> str:
+    """Why the kernels cannot run on a GPU, in words; empty where they can.
+
+    Args:
+        device: a CUDA device.
+        dtype: of the weights.
+        length: tokens of a sequence.
+        group: tokens of a step.
+    """
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"weights must be bfloat16, float16 or float32, not {dtype}"
+    if length > 256:
+        return f"tokens must be at most 256, not {length}"
+    if group > 16:
+        return f"group must be at most 16, not {group}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than the A100"
+    return ""
 
 
 def implementation(weights: DecodeWeights, rows: int) -> str:

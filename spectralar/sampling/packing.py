@@ -69,10 +69,14 @@ class ClassTables:
 def class_tables(generator: SpectralGenerator) -> ClassTables:
     """The tables of all classes, in the generator's dtype and on its device."""
     condition = generator.class_table.weight.detach()
-    blocks = [block for block in generator.blocks if isinstance(block, Block)]
+    # Filled block by block: all tables and their copy together would be the peak of what sampling needs.
+    modulations = condition.new_empty(len(generator.blocks), len(condition), 6, generator.config.width)
+    for table, block in zip(modulations, generator.blocks, strict=True):
+        assert isinstance(block, Block)
+        table.copy_(block.modulation(condition))
     return ClassTables(
         start=condition.clone(),
-        modulations=torch.stack([block.modulation(condition) for block in blocks]),
+        modulations=modulations,
         head_modulation=generator.head_adaln(F.silu(condition)).unflatten(-1, (2, -1)),
     )
 

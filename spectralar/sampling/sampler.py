@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spectralar.generator import SpectralGenerator
 from spectralar.images import to_uint8
+from spectralar.kernels import decode
 from spectralar.sampling.captured import BUCKETS, CapturedBackend, CapturedPixels
 from spectralar.sampling.graphs import Pool
 from spectralar.sampling.reference import ReferenceBackend
@@ -276,9 +277,10 @@ def choose_backend(generator: SpectralGenerator, asked: BackendName) -> tuple[Ch
     Raises:
         ValueError: `fused` was asked for, and its kernels cannot run this generator on this GPU.
     """
-    device = generator.device
-    on_gpu = device.type == "cuda"
-    obstacle = _obstacle(generator) if on_gpu else ""
+    config, device = generator.config, generator.device
+    on_gpu, obstacle = device.type == "cuda", ""
+    if on_gpu:
+        obstacle = decode.obstacle(device, generator.positions.dtype, length=config.tokens, group=config.group)
     if asked == "fused" and obstacle:
         raise ValueError(f"backend fused cannot run this generator: {obstacle}; use graph or auto")
     if asked != "auto":
@@ -288,20 +290,6 @@ def choose_backend(generator: SpectralGenerator, asked: BackendName) -> tuple[Ch
     if obstacle:
         return "graph", f"the fused kernels cannot run this generator: {obstacle}"
     return "fused", "the fastest on a GPU"
-
-
-def _obstacle(generator: SpectralGenerator) -> str:
-    """Why the fused kernels cannot run a generator on its GPU; empty where they can."""
-    config, dtype = generator.config, generator.positions.dtype
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"weights must be bfloat16, float16 or float32, not {dtype}"
-    if config.tokens > 256:
-        return f"tokens must be at most 256, not {config.tokens}"
-    if config.group > 16:
-        return f"group must be at most 16, not {config.group}"
-    if torch.cuda.get_device_capability(generator.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(generator.device)} is older than the A100"
-    return ""
 
 
 def _required(tokenizer: SpectralTokenizer | None) -> SpectralTokenizer:
