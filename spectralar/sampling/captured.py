@@ -138,20 +138,25 @@ class _Batch:
         self.state = DecodeState.allocate(weights, images, rows)
         # Images that fill the batch up get no prefix, and a step reads what stands in its place: it must be codes.
         self.state.tokens.zero_()
-        self._rows = torch.full((rows,), self._no_class, device=device)
-        self._seeds = torch.zeros(images, dtype=torch.int64, device=device)
-        self._scales = torch.ones(weights.length // weights.group, dtype=self.state.logits.dtype, device=device)
-        self._given = torch.zeros((), dtype=torch.int64, device=device)
+        # What a generation brings from the host comes in one copy: a copy takes as long as reading a block's weights.
+        steps, scales = weights.length // weights.group, self.state.logits.dtype
+        places = (rows, images, 1, -(-steps * scales.itemsize // 8))
+        self._numbers = torch.zeros(sum(places), dtype=torch.int64, device=device)
+        self._rows, self._seeds, given, bits = self._numbers.split(places)
+        self._rows.fill_(self._no_class)
+        self._given, self._scales = given[0], bits.view(scales)[:steps].fill_(1)
         self._begin = Recording(lambda: begin(tables, self.state, self._rows), device)
         self._recorded: dict[SamplingSettings, Recording] = {}
 
     def begin(self, classes: Tensor, seeds: Tensor, scales: list[float], prefix: Tensor) -> None:
         """Fills in the images of one generation and goes to its start."""
-        self._rows.copy_(F.pad(classes, (0, len(self._rows) - len(classes)), value=self._no_class))
-        self._seeds.copy_(F.pad(seeds, (0, len(self._seeds) - len(seeds))))
-        self._scales.copy_(torch.tensor(scales, dtype=torch.float64))
-        self._given.fill_(prefix.shape[1])
-        self.state.tokens[: len(prefix), : prefix.shape[1]] = prefix.to(self._rows.device)
+        rows = F.pad(classes, (0, len(self._rows) - len(classes)), value=self._no_class)
+        given = torch.tensor([prefix.shape[1]])
+        bits = torch.zeros(len(self._numbers) - len(rows) - len(self._seeds) - 1, dtype=torch.int64)
+        bits.view(self._scales.dtype)[: len(scales)] = torch.tensor(scales, dtype=self._scales.dtype)
+        self._numbers.copy_(torch.cat([rows, F.pad(seeds, (0, len(self._seeds) - len(seeds))), given, bits]))
+        if prefix.numel():
+            self.state.tokens[: len(prefix), : prefix.shape[1]] = prefix.to(self._rows.device)
         self._begin()
 
     def recorded(self, settings: SamplingSettings) -> Recording:
