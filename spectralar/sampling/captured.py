@@ -1,4 +1,4 @@
-"""Sampling from CUDA graphs: one recorded step, replayed for every group of tokens; then the pixels in one more graph.
+"""Sampling from CUDA graphs: all steps of a generation in one, or one step that is replayed; the pixels in one more.
 
 Nothing on the host depends on the position, and nothing waits for the GPU. On a CPU the same code runs unrecorded.
 """
@@ -9,7 +9,8 @@ import bisect
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -63,16 +64,10 @@ class CapturedBackend:
         generator: stays on its device and keeps its dtype.
         step: see `STEPS`.
         pool: for the buffers.
-        stride: steps recorded in one graph, a divisor of all; what is drawn can be seen after each graph.
-
-    Raises:
-        ValueError: a stride that does not divide the steps.
     """
 
-    def __init__(self, generator: SpectralGenerator, step: Step, pool: Pool, *, stride: int = 1) -> None:
-        if stride < 1 or generator.config.steps % stride:
-            raise ValueError(f"stride must divide the {generator.config.steps} steps, not {stride}")
-        self.generator, self.stride = generator, stride
+    def __init__(self, generator: SpectralGenerator, step: Step, pool: Pool) -> None:
+        self.generator = generator
         self._step, self._pool = STEPS[step], pool
         self._lock = threading.Lock()
         self._packed: tuple[DecodeWeights, ClassTables] | None = None
@@ -87,16 +82,34 @@ class CapturedBackend:
         Raises:
             torch.OutOfMemoryError: the buffers do not fit; raised before they are allocated, with the numbers.
         """
-        key = bucket(len(classes)), settings.guidance != 1.0
         config = self.generator.config
+        with self._begun(classes, seeds, settings, prefix, steps=1) as (tokens, step):
+            for drawn in range(config.group, config.tokens + 1, config.group):
+                step()
+                yield tokens[:, :drawn]
+
+    @torch.inference_mode()
+    def draw(self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor) -> Tensor:
+        """See `ReferenceBackend.draw`; the same tokens as those of `steps`, from a single graph.
+
+        Raises:
+            torch.OutOfMemoryError: as `steps`.
+        """
+        with self._begun(classes, seeds, settings, prefix, steps=self.generator.config.steps) as (tokens, generation):
+            generation()
+            return tokens.clone()
+
+    @contextmanager
+    def _begun(
+        self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor, *, steps: int
+    ) -> Iterator[tuple[Tensor, Recording]]:
+        """The tokens of a generation at its start `[B, N]`, and so many steps as they are recorded."""
+        key = bucket(len(classes)), settings.guidance != 1.0
         packed = self._up_to_date(*key)
         with self._pool.take(("tokens", *key), partial(self._allocate, packed, *key)) as batch:
-            step = batch.recorded(settings)
-            batch.begin(classes, seeds, settings.guidance_scales(config.steps), prefix)
-            stride = self.stride * config.group
-            for drawn in range(stride, config.tokens + 1, stride):
-                step()
-                yield batch.state.tokens[: len(classes), :drawn]
+            recorded = batch.recorded(settings, steps)
+            batch.begin(classes, seeds, settings.guidance_scales(self.generator.config.steps), prefix)
+            yield batch.state.tokens[: len(classes)], recorded
 
     def _up_to_date(self, images: int, guided: bool) -> tuple[DecodeWeights, ClassTables]:
         seen = _traces(self.generator)
@@ -117,7 +130,7 @@ class CapturedBackend:
         generator = self.generator
         needed = memory_needed(generator.config, images, guided, generator.positions.dtype)
         _check_memory(needed.batch, "buffers", images, generator.device)
-        return _Batch(*packed, images, guided, self._step, self.stride)
+        return _Batch(*packed, images, guided, self._step)
 
 
 class _Batch:
@@ -130,10 +143,9 @@ class _Batch:
         images: int,
         guided: bool,
         step: Callable[[DecodeWeights, DecodeState], None],
-        stride: int,
     ) -> None:
         rows, device = images * (2 if guided else 1), weights.qkv.device
-        self._weights, self._step, self._stride = weights, step, stride
+        self._weights, self._step = weights, step
         self._no_class = len(tables.start) - 1
         self.state = DecodeState.allocate(weights, images, rows)
         # Images that fill the batch up get no prefix, and a step reads what stands in its place: it must be codes.
@@ -146,7 +158,7 @@ class _Batch:
         self._rows.fill_(self._no_class)
         self._given, self._scales = given[0], bits.view(scales)[:steps].fill_(1)
         self._begin = Recording(lambda: begin(tables, self.state, self._rows), device)
-        self._recorded: dict[SamplingSettings, Recording] = {}
+        self._recorded: dict[tuple[SamplingSettings, int], Recording] = {}
 
     def begin(self, classes: Tensor, seeds: Tensor, scales: list[float], prefix: Tensor) -> None:
         """Fills in the images of one generation and goes to its start."""
@@ -159,24 +171,24 @@ class _Batch:
             self.state.tokens[: len(prefix), : prefix.shape[1]] = prefix.to(self._rows.device)
         self._begin()
 
-    def recorded(self, settings: SamplingSettings) -> Recording:
-        """The step with these filters and this temperature, recorded at their first use. Comes before `begin`."""
+    def recorded(self, settings: SamplingSettings, steps: int) -> Recording:
+        """Steps with these filters and this temperature, recorded at their first use. Comes before `begin`."""
         # Guidance is read from a tensor.
-        kind = dataclasses.replace(settings, guidance=1.0, guidance_schedule="constant")
+        kind = dataclasses.replace(settings, guidance=1.0, guidance_schedule="constant"), steps
         if kind not in self._recorded:
             if len(self._recorded) == _KINDS:
                 del self._recorded[next(iter(self._recorded))]
             self.state.first.zero_()
-            self._recorded[kind] = Recording(partial(self._draw, kind), self._rows.device)
+            self._recorded[kind] = Recording(partial(self._draw, *kind), self._rows.device)
         return self._recorded[kind]
 
-    def _draw(self, kind: SamplingSettings) -> None:
+    def _draw(self, settings: SamplingSettings, steps: int) -> None:
         state = self.state
-        for _ in range(self._stride):
+        for _ in range(steps):
             self._step(self._weights, state)
             draw_group(
                 state.tokens, state.logits, self._seeds, state.first, self._scales, self._given,
-                temperature=kind.temperature, top_k=kind.top_k, top_p=kind.top_p, greedy=kind.greedy,
+                temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, greedy=settings.greedy,
             )  # fmt: skip
             state.first.add_(self._weights.group)
 

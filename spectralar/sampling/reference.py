@@ -57,3 +57,8 @@ class ReferenceBackend:
                 )
             yield tokens[:, :end]
             previous = tokens[:, first:end].repeat(2 if guided else 1, 1)
+
+    def draw(self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor) -> Tensor:
+        """All tokens `[B, N]`; arguments as `steps`."""
+        *_, tokens = self.steps(classes, seeds, settings, prefix)
+        return tokens

@@ -29,11 +29,13 @@ _log = logging.getLogger("spectralar")
 
 
 class Backend(Protocol):
-    """Draws a batch of at most `BUCKETS[-1]` images; see `ReferenceBackend.steps`."""
+    """Draws a batch of at most `BUCKETS[-1]` images; see `ReferenceBackend`."""
 
     def steps(
         self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor
     ) -> Generator[Tensor, None, None]: ...
+
+    def draw(self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,8 @@ class Sampler:
 
     def _last(self, part: Request) -> Tensor:
         self._prepare()
+        if part.length == self.generator.config.tokens:
+            return self._backend.draw(part.classes, part.seeds, part.settings, part.prefix)
         with closing(self._steps(part)) as steps:
             tokens = next(tokens for tokens in steps if tokens.shape[1] >= part.length)
             return tokens[:, : part.length].clone()

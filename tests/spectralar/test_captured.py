@@ -240,18 +240,14 @@ def test_settings_in_turn(generator: SpectralGenerator, monkeypatch: pytest.Monk
         assert torch.equal(sampler.sample_tokens(CLASSES, SEEDS, settings), expected)
 
 
-def test_several_steps_in_one_graph(make_generator: Make) -> None:
+def test_all_steps_at_once_and_one_by_one(make_generator: Make) -> None:
     generator = make_generator(group=2)
     expected = Sampler(generator, backend="reference").sample_tokens([0, 1], [2, 3], GUIDED)
     arguments = torch.tensor([0, 1]), torch.tensor([2, 3]), GUIDED, torch.empty(2, 0, dtype=torch.int64)
-    for stride in (1, 2, 4):
-        backend = CapturedBackend(generator, "graph", Pool(CPU), stride=stride)
-        found = [tokens.clone() for tokens in backend.steps(*arguments)]
-        assert [tokens.shape[1] for tokens in found] == list(range(2 * stride, 9, 2 * stride))
-        assert torch.equal(found[-1], expected)
-    for stride in (0, 3, 8):
-        with pytest.raises(ValueError, match=f"stride must divide the 4 steps, not {stride}"):
-            CapturedBackend(generator, "graph", Pool(CPU), stride=stride)
+    backend = CapturedBackend(generator, "graph", Pool(CPU))
+    found = [tokens.clone() for tokens in backend.steps(*arguments)]
+    assert [tokens.shape[1] for tokens in found] == [2, 4, 6, 8]
+    assert torch.equal(found[-1], expected) and torch.equal(backend.draw(*arguments), expected)
 
 
 # Pixels
@@ -324,7 +320,7 @@ def test_memory_needed_is_what_is_allocated(
 ) -> None:
     generator = make_generator(group=group).to(dtype)
     weights, tables = pack(generator), class_tables(generator)
-    batch = captured._Batch(weights, tables, images, guided, captured.STEPS["graph"], 1)
+    batch = captured._Batch(weights, tables, images, guided, captured.STEPS["graph"])
     needed = memory_needed(generator.config, images, guided, dtype)
     assert needed.weights == bytes_of(weights, tables)
     rows = images * (1 + guided)
