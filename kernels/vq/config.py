@@ -68,11 +68,16 @@ class SettleConfig:
 
 # One warp: its lanes share a group, and no maximum crosses warps. Eight rows give each thread 64 products, whose loads
 # are all under way together, and leave room for 17 programs on a multiprocessor. 11.4 us for 65,536 vectors on an H100;
-# 14.5 with 4 rows and 14.6 with 16, and 25.4 when doubtful vectors held up the others of their program.
+# 14.5 with 4 rows and 14.6 with 16, and 25.4 when doubtful vectors held up the others of their program. For 16,384
+# vectors, 4 rows take 1 us less of 24 on an H200.
 SETTLE = SettleConfig(rows=8, elements=2048, codes=32, splits=4, warps=1)
 
 # Elements of a program of the kernels that pass once over rows; 16 a thread keep the loads wide.
 ROW_ELEMENTS = 2048
+
+# Elements of a program that prepares rows in fp64: few, as all their roots and quotients are waited for. The search of
+# 16,384 vectors takes 23.9 us on an H200; 24.1 with half or twice as many elements, 25.8 with four times as many.
+PREPARED_ELEMENTS = 512
 
 
 def padded_width(width: int) -> int:

@@ -10,7 +10,17 @@ import triton
 from torch import Tensor
 
 from . import kernel, row_kernel
-from .config import CHUNK, PROGRAMS, SCAN, SETTLE, ScanConfig, SettleConfig, padded_width, rows_of_a_program
+from .config import (
+    CHUNK,
+    PREPARED_ELEMENTS,
+    PROGRAMS,
+    SCAN,
+    SETTLE,
+    ScanConfig,
+    SettleConfig,
+    padded_width,
+    rows_of_a_program,
+)
 
 # One vector that is not finite adds this to its code's count of vectors, which stays below.
 _BAD = 2**40
@@ -61,7 +71,7 @@ def prepare(codebook: Tensor, normalize: bool, z: Tensor | None = None, config: 
         share=empty(0 if normalize else vectors),
         config=config,
     )
-    rows_a_program = min(rows_of_a_program(width), config.codes)
+    rows_a_program = min(PREPARED_ELEMENTS // padded, config.codes)
     blocks = rows // rows_a_program
     kernel.prepare_codes_kernel[(blocks + triton.cdiv(vectors, rows_a_program),)](
         codebook, codebook if z is None else z, prepared.longest, prepared.codes, prepared.bias, prepared.units,

@@ -45,8 +45,21 @@ def nearest_code(z: Tensor, codebook: Tensor, *, normalize: bool = True) -> Tens
         bias = codes.square().sum(-1) / -2
     vectors = z.reshape(-1, z.shape[-1])
     rows_at_once = max(1, _SCORE_BYTES // (8 * len(codes)))
-    chosen = [torch.addmm(bias, rows.double(), codes.T).argmax(-1) for rows in vectors.split(rows_at_once)]
-    return torch.cat(chosen).view(z.shape[:-1])
+    return torch.cat([_first_best(rows.double(), codes, bias) for rows in vectors.split(rows_at_once)]).view(
+        z.shape[:-1]
+    )
+
+
+def _first_best(vectors: Tensor, codes: Tensor, bias: Tensor) -> Tensor:
+    """The lowest code among those of the largest score, up to the rounding of fp64.
+
+    A matrix product may add up equal columns in different orders, on some processors, and give them different sums.
+    """
+    scores = torch.addmm(bias, vectors, codes.T)
+    largest, best = scores.max(-1)
+    slack = 4 * torch.finfo(torch.float64).eps * (vectors.norm(dim=-1) * codes.norm(dim=-1)[best] + bias[best].abs())
+    # Of a vector with NaN, whose scores all are, none is large enough.
+    return (scores >= (largest - slack)[:, None]).to(torch.uint8).argmax(-1)
 
 
 def lookup(indices: Tensor, codebook: Tensor, *, normalize: bool = True) -> Tensor:
