@@ -1,4 +1,4 @@
-"""The commands `spectralar bench kernels` and `spectralar bench sampler`."""
+"""The commands `spectralar bench kernels`, `spectralar bench sampler` and `spectralar bench training`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ from spectralar.bench.report import print_ceilings, print_measurement
 from spectralar.bench.sampler import BATCHES, PRESETS, sampling_cases
 from spectralar.bench.sampler_measure import SamplingMeasurement, measure_sampling
 from spectralar.bench.sampler_report import draw_latency, print_case, print_sampling, summary_of
+from spectralar.bench.training import CASES as TRAINING_CASES
+from spectralar.bench.training import TrainingCase
+from spectralar.bench.training_measure import TrainingMeasurement, measure_training
+from spectralar.bench.training_ranks import ScalingCase, measure_scaling, scaling_cases, summary_of_scaling, told
+from spectralar.bench.training_report import print_case as print_training_case
+from spectralar.bench.training_report import print_training
+from spectralar.bench.training_report import summary_of as summary_of_training
 from spectralar.devices import auto_device
 from spectralar.sampling import BackendName
 
@@ -175,6 +182,92 @@ def bench_sampler_command(
     wrong = [m.case.name for m in done if not m.right]
     told = {"bench": "sampler", "cases": len(done), "wrong": wrong, "failed": failed, "left_out": left_out}
     print(json.dumps(told | summary_of(done) | {"out": path and str(path), "plot": plot and str(plot)}))
+    if wrong or failed:
+        raise WrongResultError(f"wrong results: {'; '.join(wrong) or 'none'}; failed: {'; '.join(failed) or 'none'}")
+
+
+def bench_training_command(
+    cases: tuple[str, ...] = (),
+    ranks: int = 1,
+    quick: bool = False,
+    seconds: float = 300,
+    out: Path | None = None,
+    device: str = "auto",
+    commit: str = "",
+) -> None:
+    """Time training steps of the tokenizer and the generator against this device's GEMM rate and plain PyTorch.
+
+    The first steps are judged by fp32 before anything is timed; a wrong result gets no time and no ratio, and the exit
+    status is 1. All settings of the trainer are measured, with the memory that they take, and tables say where the
+    time of a step goes. The last line of the output is one JSON object. On a CPU the models are tiny and the figures
+    are no measure of any target.
+
+    Args:
+        cases: parts of names or targets, such as P10 or d16; all cases unless given.
+        ranks: more than 1: train on so many GPUs of this machine and compare with one, in place of all else.
+        quick: only the cases of the targets, without the peer that needs torch.compile.
+        seconds: about how long the whole may take; the cases of the targets come first, and what does not fit is
+            left out and named.
+        out: file to append the results to; on a GPU bench/results/training.jsonl of the checkout unless given.
+        device: auto, cpu or cuda.
+        commit: recorded with the results where git can't be asked.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive, got {seconds}")
+    started = time.monotonic()
+    place = auto_device(device)
+    on_gpu = place.type == "cuda"
+    most = torch.cuda.device_count() if on_gpu else 8
+    if not 1 <= ranks <= most:
+        raise ValueError(f"ranks must be 1..{most}, not {ranks}")
+    everything: list[TrainingCase] = list(TRAINING_CASES) if ranks == 1 else list(scaling_cases(ranks))
+    chosen = [case for case in select(everything, cases) if isinstance(case, TrainingCase)]
+    if quick:
+        chosen = [case for case in chosen if case.target]
+    if not on_gpu:
+        chosen = list(dict.fromkeys(case.small() for case in chosen))
+    console = Console()
+    console.width = max(console.width, 150)
+    origin = provenance(place, commit)
+    ceilings = measure_ceilings(place, min(2.0, seconds / 10))
+    print_ceilings(ceilings, origin, place, console)
+    path = out or (RESULTS / "training.jsonl" if on_gpu and RESULTS.is_dir() else None)
+    done: list[TrainingMeasurement] = []
+    scaled: list[Measurement] = []
+    left_out: list[str] = []
+    failed: list[str] = []
+    # Most of the time goes into models, judging and compiling.
+    share = min(4.0, seconds / 20 / max(1, len(chosen)))
+    for case in chosen:
+        left = seconds - (time.monotonic() - started)
+        if left < 0:
+            left_out.append(case.name)
+            continue
+        print_training_case(case, ceilings, console)
+        _release(place)
+        try:
+            m: Measurement
+            if isinstance(case, ScalingCase):
+                m = measure_scaling(case, place, share)
+                scaled.append(m)
+                console.print(f"  {told(m)}", highlight=False)
+            else:
+                m = measure_training(case, place, ceilings, share, compiled=not quick and left > seconds / 2)
+                done.append(m)
+                print_training(m, ceilings, console)
+        except (RuntimeError, ValueError) as failure:
+            failed.append(case.name)
+            console.print(f"  failed: {failure}", highlight=False, soft_wrap=True, markup=False)
+        else:
+            if path is not None:
+                append([line_of(m, origin)], path)
+    _release(place)
+    if left_out:
+        console.print(f"left out after {seconds:g} s: {'; '.join(left_out)}", highlight=False, soft_wrap=True)
+    wrong = [m.case.name for m in (*done, *scaled) if not m.right]
+    report = {"bench": "training", "cases": len(done) + len(scaled), "wrong": wrong, "failed": failed}
+    summary = summary_of_training(done) if ranks == 1 else summary_of_scaling(scaled)
+    print(json.dumps(report | {"left_out": left_out} | summary | {"out": path and str(path)}))
     if wrong or failed:
         raise WrongResultError(f"wrong results: {'; '.join(wrong) or 'none'}; failed: {'; '.join(failed) or 'none'}")
 

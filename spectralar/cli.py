@@ -24,10 +24,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train tokenizer": ("spectralar.training.commands:train_tokenizer_command", "stage one, from shards"),
     "tokenize": ("spectralar.training.commands:tokenize_command", "encode shards into a token store"),
     "train generator": ("spectralar.training.commands:train_generator_command", "stage two, from a token store"),
+    "inspect tokenizer": (
+        "spectralar.training.evaluation.inspection:inspect_tokenizer_command",
+        "what every token says and does, as a table and a picture",
+    ),
     "bench kernels": ("spectralar.bench.commands:bench_kernels_command", "time the kernels against ceilings and peers"),
     "bench sampler": (
         "spectralar.bench.commands:bench_sampler_command",
         "time whole generations, to tokens and pixels",
+    ),
+    "bench training": (
+        "spectralar.bench.commands:bench_training_command",
+        "time training steps, on one GPU and several",
     ),
     "bench tune": ("spectralar.bench.tune:bench_tune_command", "try other rows of the kernels' launch tables"),
     "info": ("spectralar.commands:info", "what is installed, and what a model is made of"),

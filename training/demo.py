@@ -25,7 +25,8 @@ from spectralar.training.data.shard_set import MANIFEST
 from spectralar.training.evaluation.reconstruction import TokenizerReport, default_lengths, evaluate_tokenizer
 from spectralar.training.journal import read_log
 from spectralar.training.presets import GENERATOR_RUNS, TOKENIZER_RUNS
-from spectralar.training.runs import tokenize, train_generator, train_tokenizer
+from spectralar.training.runs import train_generator, train_tokenizer
+from spectralar.training.tokenizing import tokenize
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
@@ -145,7 +146,7 @@ def demo(out: Path = Path("runs/demo"), *, fresh: bool = True) -> None:
     console.rule("4  pictures and report")
     model = SpectralAR(tokenizer, generator)
     crops = list(evaluation_batches(held_out_path, batch=64, size=tokenizer.config.image_size))
-    report = evaluate_tokenizer(tokenizer, crops, drop_cost=True)
+    report = evaluate_tokenizer(tokenizer, crops, costs=True)
     model.save_pretrained(out / "model")
     _draw_strips(out, model, crops)
     _write_report(out, model, report, second.sampling, time.perf_counter() - began)

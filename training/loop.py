@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from spectralar.devices import auto_device
+from spectralar.training.blocks import prepare_blocks
 from spectralar.training.capture import CapturedStep, Step
 from spectralar.training.checkpoint import (
     Checkpoint,
@@ -38,6 +39,7 @@ from spectralar.training.distributed import ALONE, Ranks, copies, divided_like, 
 from spectralar.training.journal import Journal, Silence, read_log
 from spectralar.training.lock import RunLock
 from spectralar.training.memory import check_memory, explained_memory, state_bytes
+from spectralar.training.meter import Meter
 from spectralar.training.optimizer import AveragedModel, OptimizerConfig, build_optimizer, set_lr
 from spectralar.training.stop import StopSignals
 from spectralar.weights.pretrained import Pretrained, load_strict
@@ -55,8 +57,12 @@ class LoopConfig:
         steps: optimizer steps.
         seed: of the initial weights and of every random choice in training.
         device: `auto` is the GPU when there is one.
-        precision: `bf16` is autocast, `fp32` plain; `auto` is bf16 on a GPU.
+        precision: `bf16` is autocast, with products in TF32 where it leaves fp32; `fp32` is plain; `auto` is bf16 on
+            a GPU.
         capture: on a single GPU, record the step once and replay it as one CUDA graph.
+        compile: run the transformer blocks under torch.compile; takes a minute at the first step.
+        checkpointing: keep only the inputs of transformer blocks for the backward pass, which computes them once more:
+            a third more work, and a fraction of the memory.
         ranks_per_copy: of several ranks, how many hold one copy of weights, gradients, moments and average between
             them: 1 is a copy each (DDP), 0 one copy for all (FSDP2), a divisor of the ranks hybrid sharding.
         log_every: steps between records of the losses.
@@ -72,6 +78,8 @@ class LoopConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     capture: bool = True
+    compile: bool = False
+    checkpointing: bool = False
     ranks_per_copy: int = 1
     log_every: int = 50
     validate_every: int = 5_000
@@ -168,6 +176,7 @@ class Trainer:
         self._precision: Callable[[], Any] = (
             (lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)) if bf16 else nullcontext
         )
+        self._products: Callable[[], Any] = _tf32 if bf16 and gpu else nullcontext
         sharing = ranks.world // copies(ranks, loop.ranks_per_copy)
         self._state_bytes = state_bytes(task.model, averaged=optimizer.ema > 0, ranks_per_copy=sharing)
         check_memory(self._state_bytes, self.device)
@@ -175,6 +184,7 @@ class Trainer:
         self.average = AveragedModel(self.model, optimizer.ema) if optimizer.ema > 0 else None
         # A sharded model can only be called by all ranks at once, so this one is filled, evaluated and exported.
         self._complete = copy.deepcopy(self.model).cpu() if sharing > 1 else None
+        prepare_blocks(self.model, compiled=loop.compile, checkpointing=loop.checkpointing)
         self._loss = parallelize(
             self.model,
             lambda batch: self.task.loss(batch),
@@ -188,6 +198,9 @@ class Trainer:
         if ranks.world > 1:
             torch.manual_seed(ranks.seed(loop.seed))
         self.step = 0
+        # Entered around forward, backward, clip, optimizer and average of a step that is not captured: names for the
+        # profiler, and where a benchmark puts its clock.
+        self.stage: Callable[[str], AbstractContextManager[Any]] = torch.profiler.record_function
         self._place = loader.state_dict()  # in the data, after the last whole step
         self._writer = CheckpointWriter(self.out / CHECKPOINTS, loop.keep)
         # Everything that changes from step to step lives on the device, so that no step waits for the host.
@@ -249,32 +262,25 @@ class Trainer:
         batches = iter(self.loader)
         losses = self.ranks.by_first(lambda: [r["val_loss"] for r in read_log(self.out) if "val_loss" in r])
         best = min(losses, default=math.inf)
-        sums: dict[str, Tensor] = {}
-        counted, images, began = 0, 0, time.perf_counter()
+        meter = Meter(self.ranks)
         while self.step < self.loop.steps:
-            lr = self.optim.lr_at(self.step, self.loop.steps)
-            set_lr(self.optimizer, lr)
-            if self.average is not None:
-                self._average_rate.fill_(self.average.rate_at(self.step))
             inputs = [t for _ in range(self.optim.accumulation) for t in next(batches)]
-            for name, value in self._update(inputs).items():
-                sums[name] = sums.get(name, 0) + value
-            self.step += 1
+            scalars = self.advance(inputs)
             self._place = self.loader.state_dict()
-            images += sum(len(t) for t in inputs[::2]) * self.ranks.world
-            counted += 1
+            self._log(meter, journal)
+            meter.add(scalars, sum(len(t) for t in inputs[::2]))
             last = self.step == self.loop.steps
             if self.step % self.loop.log_every == 0 or last:
-                self._check_finite()
-                means = self._means(sums, counted)
-                rate = images / (time.perf_counter() - began)
-                journal.record(self.step, {**means, "lr": lr, "images_per_second": rate})
-                journal.progress(self.step, f"loss {means['loss']:.4f}  {rate:,.0f} images/s")
-                sums, counted, images, began = {}, 0, 0, time.perf_counter()
-            paused = time.perf_counter()
-            validates, pictures = (
-                _due(self.step, every) or last for every in (self.loop.validate_every, self.loop.picture_every)
+                meter.close(self.step, self.optim.lr_at(self.step - 1, self.loop.steps), self._first_bad)
+                if self.device.type != "cuda":  # a GPU has the next step to do meanwhile
+                    self._log(meter, journal)
+            validates, pictures, saves = (
+                _due(self.step, every) or last
+                for every in (self.loop.validate_every, self.loop.picture_every, self.loop.checkpoint_every)
             )
+            if validates or pictures or saves:
+                self._log(meter, journal)
+            paused = time.perf_counter()
             if validates or pictures:
                 model = self._evaluated()
                 if validates:
@@ -283,20 +289,44 @@ class Trainer:
                     self._picture(model)
                 self.model.train()
             stopped = self.ranks.largest(stop.number)
-            if _due(self.step, self.loop.checkpoint_every) or last or stopped:
-                self._check_finite()
+            if saves or stopped:
+                self._log(meter, journal)
+                self._check_finite(int(self._first_bad))
                 self._save()
             if stopped:
                 self._writer.wait()
                 name = signal.Signals(stopped).name
                 journal.say(f"{name}: the checkpoint of step {self.step} holds everything, resume to go on")
                 raise KeyboardInterrupt if stopped == signal.SIGINT else SystemExit(0)
-            began += time.perf_counter() - paused
+            meter.exclude(time.perf_counter() - paused)
 
-    def _means(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
-        """Means over the steps and ranks, in one transfer from the device."""
-        total = self.ranks.sum(torch.stack([value.double() for value in sums.values()]))
-        return dict(zip(sums, (total / (steps * self.ranks.world)).tolist(), strict=True))
+    def advance(self, inputs: list[Tensor]) -> dict[str, Tensor]:
+        """One optimizer step, which does not wait for the device.
+
+        Args:
+            inputs: `[first, second, first, second, ...]`, as many batches as are accumulated. A captured step wants
+                the same shapes and dtypes every time.
+
+        Returns:
+            Means of the task's scalars over the batches, and the norm of the gradient before clipping; on the device,
+            overwritten by the next captured step.
+        """
+        set_lr(self.optimizer, self.optim.lr_at(self.step, self.loop.steps))
+        if self.average is not None:
+            self._average_rate.fill_(self.average.rate_at(self.step))
+        scalars = self._update(inputs)
+        self.step += 1
+        return scalars
+
+    def _log(self, meter: Meter, journal: Journal) -> None:
+        """Records what the meter has sent, if anything."""
+        reading = meter.take()
+        if reading is None:
+            return
+        self._check_finite(reading.first_bad)
+        speed = {"lr": reading.lr, "images_per_second": reading.images_per_second}
+        journal.record(reading.step, {**reading.means, **speed})
+        journal.progress(reading.step, f"loss {reading.means['loss']:.4f}  {reading.images_per_second:,.0f} images/s")
 
     def _evaluated(self) -> nn.Module:
         """The trained model in evaluation mode, for one rank alone to call. All ranks must ask for it together."""
@@ -323,21 +353,29 @@ class Trainer:
         count = self.optim.accumulation
         means: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        for i in range(count):
-            batch = (inputs[2 * i].to(self.device), inputs[2 * i + 1].to(self.device))
-            with self._precision():
-                losses = self._loss(batch, i == count - 1)
-            (losses["loss"] / count).backward()
-            for name, value in losses.items():
-                means[name] = means.get(name, 0) + value.detach() / count
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip))
-        self.optimizer.step()
+        with self._products():
+            for i in range(count):
+                batch = (self._here(inputs[2 * i]), self._here(inputs[2 * i + 1]))
+                with self.stage("forward"), self._precision():
+                    losses = self._loss(batch, i == count - 1)
+                with self.stage("backward"):
+                    (losses["loss"] / count).backward()
+                for name, value in losses.items():
+                    means[name] = means.get(name, 0) + value.detach() / count
+        with self.stage("clip"):
+            norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip))
+        with self.stage("optimizer"):
+            self.optimizer.step()
         if self.average is not None:
-            self.average.update(self.model, self._average_rate)
+            with self.stage("average"):
+                self.average.update(self.model, self._average_rate)
         self._steps_done += 1
         good = means["loss"].isfinite() & norm.isfinite()
         self._first_bad.copy_(torch.minimum(self._first_bad, self._steps_done.masked_fill(good, _NEVER)))
         return {**means, "gradient_norm": norm}
+
+    def _here(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
 
     def _export(self, name: str, model: nn.Module) -> Path:
         """Writes the model file by file, each all or nothing, so that a kill leaves the new or the old one."""
@@ -358,8 +396,9 @@ class Trainer:
             (self.out / PICTURES).mkdir(exist_ok=True)
             picture.save(self.out / PICTURES / f"step-{self.step:08d}.png")
 
-    def _check_finite(self) -> None:
-        first = -self.ranks.largest(-int(self._first_bad))
+    def _check_finite(self, first_bad: int) -> None:
+        """Stops all ranks when one of them has had a bad step."""
+        first = -self.ranks.largest(-first_bad)
         if first < _NEVER:
             self._writer.wait()
             kept = newest_checkpoint(self.out / CHECKPOINTS)
@@ -411,6 +450,20 @@ class Trainer:
         self._place = self.loader.state_dict()
         torch.manual_seed(self.ranks.seed(self.loop.seed, self.step))
         return f", on {world} ranks after {before}: all goes on but the random states, which start anew"
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Lets what autocast leaves in fp32, the pixel head, take its products in TF32 (10 bits, where bf16 has 7).
+
+    The tensor cores are several times as fast as the others, which would be noticed in a step.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], *, what: str) -> None:

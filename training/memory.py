@@ -51,7 +51,8 @@ def explained_memory(needed: int, device: torch.device) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"{device} is out of memory: beside {_gb(needed)} of weights, gradients, moments and average there is no "
-            f"room for the activations of this batch. Lower the batch and raise optimizer.accumulation. ({error})"
+            f"room for the activations of this batch. Set loop.checkpointing, or lower the batch and raise "
+            f"optimizer.accumulation. ({error})"
         ) from error
 
 

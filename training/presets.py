@@ -72,7 +72,7 @@ TOKENIZER_RUNS: dict[str, TokenizerRun] = {
         data=LoaderConfig(path="", batch=24, crop=Crop(64, "none", flip=False), cache=True),
         loss=TokenizerLossConfig(pixel=20.0),
         optimizer=OptimizerConfig(lr=1.5e-3, warmup=50, ema=0.99),
-        loop=LoopConfig(out="runs/demo/tokenizer", steps=2_500, log_every=10, validate_every=500, picture_every=500),
+        loop=LoopConfig(out="runs/demo/tokenizer", steps=2_500, log_every=10, validate_every=1_250, picture_every=500),
     ),
     "demo-gpu": TokenizerRun(
         model=TokenizerConfig(

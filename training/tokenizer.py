@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from spectralar.kernels.dct import dct2
 from spectralar.kernels.vq import code_usage
 from spectralar.pictures import prefix_strip
-from spectralar.tokenizer import SpectralTokenizer
+from spectralar.tokenizer import SpectralTokenizer, TokenizerOutput
 from spectralar.training.distributed import ALONE, Ranks
+from spectralar.training.evaluation.gradients import TokenGradients, token_gradients
 from spectralar.training.evaluation.reconstruction import default_lengths, evaluate_tokenizer
+from spectralar.training.prefixes import PrefixConfig
 
 
 @dataclass(frozen=True)
@@ -24,18 +27,47 @@ class TokenizerLossConfig:
     Attributes:
         pixel: weight of the mean squared error against the target of each prefix, pixels in [0, 1].
         quantizer: weight of codebook plus commitment loss.
+        prefixes: which prefixes a step rebuilds.
+        emphasis: exponent g by which high frequencies weigh more in the pixel error: the squared error at vertical
+            frequency u and horizontal frequency v counts (1 + max(u, v) / knee) ** g times. 0 is the plain error.
+        knee: frequency up to which the weights hardly grow.
     """
 
     pixel: float = 1.0
     quantizer: float = 1.0
+    prefixes: PrefixConfig = field(default_factory=PrefixConfig)
+    emphasis: float = 0.0
+    knee: float = 8.0
+
+    def __post_init__(self) -> None:
+        if self.emphasis < 0:
+            raise ValueError(f"emphasis must not be negative, not {self.emphasis}")
+        if self.knee <= 0:
+            raise ValueError(f"knee must be positive, not {self.knee}")
+
+
+def emphasized_error(difference: Tensor, emphasis: float, knee: float) -> Tensor:
+    """Mean squared error with weights by frequency; the plain one at `emphasis` 0, since the transform is orthonormal.
+
+    Args:
+        difference: `[B, C, S, S]` floating, reconstruction minus target.
+        emphasis: exponent g of the weights `(1 + max(u, v) / knee) ** g`.
+        knee: see above.
+
+    Returns:
+        Scalar in the dtype of `difference`, differentiable.
+    """
+    frequency = torch.arange(difference.shape[-1], dtype=difference.dtype, device=difference.device)
+    weight = (1 + torch.maximum(frequency[:, None], frequency) / knee) ** emphasis  # [S, S]
+    return (weight * dct2(difference).square()).mean()
 
 
 class TokenizerTask:
-    """Trains a `SpectralTokenizer`: every sample draws a prefix length n, uniform on 1..N, and rebuilds I'_n.
+    """Trains a `SpectralTokenizer`: every sample draws prefix lengths n out of 1..N and rebuilds I'_n.
 
     Args:
         model: the tokenizer.
-        loss: weights of the terms.
+        loss: weights of the terms and distribution of the prefixes.
         validation: gives batches of this rank's validation images in a fixed order, or None for no validation.
         pictured: images `[B, 3, S, S]` for the strips, or None.
         ranks: the processes that train together.
@@ -62,29 +94,67 @@ class TokenizerTask:
 
         The codes in use are those of all ranks' batches, the others are this rank's.
         """
-        images, config = batch[0], self.model.config
-        lengths = torch.randint(1, config.tokens + 1, (len(images),), device=images.device)
-        out = self.model(images, lengths)
-        pixel = self.model.pixel_loss(out.images, images, lengths)
-        quantizer = out.codebook_loss + out.commitment_loss
-        usage = self.ranks.sum(code_usage(out.tokens, config.codebook_size))
+        images = batch[0]
+        total, pixel, out = self.objective(self.model, images, self.draw_lengths(images))
+        usage = self.ranks.sum(code_usage(out.tokens, self.model.config.codebook_size))
         return {
-            "loss": self.weights.pixel * pixel + self.weights.quantizer * quantizer,
+            "loss": total,
             "pixel": pixel,
             "codebook": out.codebook_loss,
             "commitment": out.commitment_loss,
             "codes_used": (usage > 0).sum().float(),
         }
 
+    def draw_lengths(self, images: Tensor) -> Tensor:
+        """Random prefix lengths `[P * B]` for a batch, P of every image."""
+        prefixes = self.weights.prefixes
+        quantiles = prefixes.draw_quantiles(len(images), images.device)
+        return prefixes.lengths_at(quantiles, self.model.config.tokens).flatten()
+
+    def objective(
+        self, model: SpectralTokenizer, images: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, TokenizerOutput]:
+        """What `model` should minimise on images `[B, 3, S, S]` and lengths `[P * B]`: the loss, its pixel error, all.
+
+        Nothing random happens, and nothing is joined with other ranks, beyond what `model` does itself.
+        """
+        out = model(images, lengths)
+        repeated = images.repeat(len(lengths) // len(images), 1, 1, 1)
+        if self.weights.emphasis:
+            difference = out.images - model.targets(repeated.to(out.images.device), lengths)
+            pixel = emphasized_error(difference, self.weights.emphasis, self.weights.knee)
+        else:
+            pixel = model.pixel_loss(out.images, repeated, lengths)
+        quantizer = out.codebook_loss + out.commitment_loss
+        return self.weights.pixel * pixel + self.weights.quantizer * quantizer, pixel, out
+
     def validate(self, model: nn.Module) -> dict[str, Any]:
-        """Every field of the `TokenizerReport`, prefixed with `val_`, and a note."""
+        """Every field of the `TokenizerReport` and of `TokenGradients`, prefixed with `val_`, and a note."""
         assert isinstance(model, SpectralTokenizer)
         if self.validation is None:
             return {}
-        report = evaluate_tokenizer(model, self.validation(), ranks=self.ranks)
+        report = evaluate_tokenizer(model, self.validation(), costs=True, ranks=self.ranks)
+        gradients = self.gradients(model)
         pairs = "  ".join(f"n={n} {value:.2f}" for n, value in zip(report.lengths, report.psnr, strict=True))
         note = f"PSNR (dB) {pairs}; {report.codes_used} codes in use"
-        return {**{f"val_{name}": value for name, value in asdict(report).items()}, "note": note}
+        return {
+            **{f"val_{name}": value for name, value in {**asdict(report), **asdict(gradients)}.items()},
+            "note": note,
+        }
+
+    def gradients(self, model: SpectralTokenizer) -> TokenGradients:
+        """What the training loss does to every token of `model`, on the first batch of validation images.
+
+        The prefix lengths are spread evenly: validation must not touch the random states of training.
+        """
+        assert self.validation is not None
+
+        def loss(model: SpectralTokenizer, images: Tensor) -> Tensor:
+            prefixes = self.weights.prefixes
+            quantiles = prefixes.even_quantiles(len(images), images.device)
+            return self.objective(model, images, prefixes.lengths_at(quantiles, model.config.tokens).flatten())[0]
+
+        return token_gradients(model, loss, self.validation(), ranks=self.ranks)
 
     def picture(self, model: nn.Module) -> Image.Image | None:
         assert isinstance(model, SpectralTokenizer)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralar.config import TokenizerConfig
@@ -59,11 +60,20 @@ class Encoder(nn.Module):
         self.latent_norm = LatentBatchNorm(config) if config.latent_norm == "batch" else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] in [0, 1]
-        images = images.to(self.patch_embed.weight.dtype)
-        patches = self.patch_embed(2 * images - 1).flatten(2).transpose(1, 2)  # [B, P, W], row-major
+        patches = self._embed_patches(2 * images.to(self.patch_embed.weight.dtype) - 1)
         queries = self.queries.expand(len(images), -1, -1)
         _, latents = self.vit(patches, queries)
         return self.latent_norm(self.to_latent(self.vit.norm_after(latents)))  # [B, N, D]
+
+    def _embed_patches(self, images: Tensor) -> Tensor:
+        """The convolution `patch_embed` as one matrix product: `[B, 3, S, S]` to `[B, P, W]`, patches row by row.
+
+        Libraries have no fast convolution for three channels, least of all for the gradient of its weights.
+        """
+        side = self.patch_embed.weight.shape[-1]
+        patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
+        rows = patches.flatten(3).flatten(1, 2)  # [B, P, 3 * side * side]
+        return F.linear(rows, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
 
 
 class Decoder(nn.Module):
@@ -216,7 +226,7 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
 
         Args:
             rebuilt: `[B, 3, S, S]` floating, what `forward` gave.
-            images: `[B, 3, S, S]` uint8 or floating in [0, 1].
+            images: `[B, 3, S, S]` uint8 or floating in [0, 1]; repeated as often as an image has prefixes.
             lengths: `[B]` integers in 1..N.
 
         Returns:
@@ -235,15 +245,25 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
 
         Args:
             images: `[B, 3, S, S]` uint8 or floating in [0, 1]; values are not checked here.
-            lengths: `[B]` integers in 1..N.
+            lengths: `[P * B]` integers in 1..N, P prefixes of every image; number p * B + b is of image b. The images
+                are encoded once, and as many as lengths are rebuilt, in their order.
 
         Raises:
             TypeError, ValueError: wrong dtype, shape or size of images, wrong dtype or shape of lengths, or lengths in
                 CPU memory outside 1..N.
         """
         images = to_float(images, size=self.config.image_size, check_range=False)
-        self._check_lengths(lengths, len(images), self.config.tokens, wait=False)
-        latents = self.encoder(images)
+        prefixes = max(1, lengths.numel() // max(1, len(images)))
+        self._check_lengths(lengths, prefixes * len(images), self.config.tokens, wait=False)
+        quantized = self.quantize(self.encoder(images))
+        rebuilt = self.decoder(quantized.quantized.repeat(prefixes, 1, 1), lengths)
+        return TokenizerOutput(rebuilt, quantized.indices, quantized.commitment_loss, quantized.codebook_loss)
+
+    def quantize(self, latents: Tensor) -> vq.VectorQuantized:
+        """Latents `[B, N, D]` to codes with straight-through gradients, and the quantizer's losses.
+
+        In training mode dead codes restart here, where the configuration says so.
+        """
         restart = self.training and self.config.dead_codes == "restart"
         normalize = self.config.normalize_codes
         if restart:
@@ -254,8 +274,7 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
         if restart:
             counts = vq.code_usage(self._joined(quantized.indices), self.config.codebook_size)
             self.usage.copy_(vq.update_usage(self.usage, counts))
-        rebuilt = self.decoder(quantized.quantized, lengths)
-        return TokenizerOutput(rebuilt, quantized.indices, quantized.commitment_loss, quantized.codebook_loss)
+        return quantized
 
     def _codes(self, tokens: Tensor) -> Tensor:
         return vq.lookup(tokens.long(), self.codebook, normalize=self.config.normalize_codes)

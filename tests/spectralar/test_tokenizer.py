@@ -43,6 +43,13 @@ def test_encoder_and_decoder_may_differ_in_size(make_tokenizer: Make, photos: Te
     assert model.reconstruct(photos).shape == photos.shape
 
 
+def test_patches_are_embedded_by_the_convolution(make_tokenizer: Make) -> None:
+    encoder = make_tokenizer(image_size=24, patch_size=8).double().encoder
+    images = torch.rand(2, 3, 24, 24, dtype=torch.float64)
+    expected = encoder.patch_embed(images).flatten(2).transpose(1, 2)
+    assert (encoder._embed_patches(images) - expected).abs().max() <= 1e-14
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_decode_prefixes_equals_decode_of_the_truncated_tokens(make_tokenizer: Make, mask: str) -> None:
     """Every length from 1 to N in one batch, in fp64, and also where fewer than N tokens are given."""
@@ -241,6 +248,18 @@ def test_a_training_pass_agrees_with_encode_and_decode(tokenizer: SpectralTokeni
     assert out.commitment_loss.item() == pytest.approx(0.25 * out.codebook_loss.item(), rel=1e-5)
     for a, b in zip(tokenizer(photos, lengths), out, strict=True):
         assert torch.equal(a, b)
+
+
+def test_several_prefixes_of_an_image_share_its_tokens(tokenizer: SpectralTokenizer, photos: Tensor) -> None:
+    lengths = torch.tensor([2, 8, 5, 1, 8, 7])
+    encoded: list[int] = []
+    handle = tokenizer.encoder.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
+    out = tokenizer(photos, lengths)
+    handle.remove()
+    assert encoded == [3] and torch.equal(out.tokens, tokenizer.encode(photos))
+    assert (out.images - tokenizer.decode_prefixes(out.tokens.repeat(2, 1), lengths)).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="lengths must be 3 integers, one per sample"):
+        tokenizer(photos, lengths[:5])
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -46,5 +46,8 @@ def test_running_out_of_memory_says_what_helps(bench: Bench, tmp_path: Path) -> 
         raise torch.OutOfMemoryError("Tried to allocate 3 PB")
 
     trainer = bench.trainer("generator", tmp_path, hook=full)
-    with pytest.raises(torch.OutOfMemoryError, match=r"Lower the batch and raise optimizer\.accumulation.*3 PB"):
+    with pytest.raises(
+        torch.OutOfMemoryError,
+        match=r"Set loop\.checkpointing, or lower the batch and raise optimizer\.accumulation.*3 PB",
+    ):
         trainer.run()

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 
 from spectralar.config import GeneratorConfig, TokenizerConfig
 from spectralar.generator import SpectralGenerator
+from spectralar.kernels.dct import idct2
 from spectralar.sampling import SamplingSettings
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.training.data import Crop, ImageLoader, LoaderConfig, TokenBatch
 from spectralar.training.generator import GeneratorTask
-from spectralar.training.tokenizer import TokenizerLossConfig, TokenizerTask
+from spectralar.training.prefixes import PrefixConfig
+from spectralar.training.tokenizer import TokenizerLossConfig, TokenizerTask, emphasized_error
 
 
 @pytest.fixture
@@ -40,17 +42,70 @@ def test_tokenizer_loss_compares_each_prefix_with_its_sub_image(
     tokenizer: SpectralTokenizer, images: torch.Tensor
 ) -> None:
     """The pixel term, recomputed sample by sample through the public functions, for the lengths that the seed draws."""
+    task = TokenizerTask(tokenizer, TokenizerLossConfig())
     torch.manual_seed(11)
-    lengths = torch.randint(1, 5, (8,))
+    lengths = task.draw_lengths(images)
     assert lengths.unique().numel() > 1
     torch.manual_seed(11)
-    pixel = TokenizerTask(tokenizer, TokenizerLossConfig()).loss((images, torch.zeros(8)))["pixel"]
+    pixel = task.loss((images, torch.zeros(8)))["pixel"]
     tokens = tokenizer.encode(images)
     errors = []
     for i, n in enumerate(lengths.tolist()):
         rebuilt = tokenizer.decode(tokens[i : i + 1, :n]).double()
         errors.append((rebuilt - tokenizer.targets(images[i : i + 1], torch.tensor([n]))).square().mean().item())
     assert pixel.item() == pytest.approx(float(np.mean(errors)), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"emphasis": 1.5}])
+def test_the_loss_of_several_prefixes_is_their_mean(
+    tokenizer: SpectralTokenizer, images: torch.Tensor, changes: dict[str, float]
+) -> None:
+    task = TokenizerTask(tokenizer, TokenizerLossConfig(pixel=3.0, prefixes=PrefixConfig(per_image=2), **changes))  # type: ignore[arg-type]
+    lengths = task.draw_lengths(images)
+    assert lengths.shape == (16,) and (lengths[:8] <= 2).all() and (lengths[8:] > 2).all()
+    together, pixel, out = task.objective(tokenizer, images, lengths)
+    assert out.images.shape == (16, 3, 16, 16) and out.tokens.shape == (8, 4)
+    parts = [task.objective(tokenizer, images, part) for part in lengths.split(8)]
+    torch.testing.assert_close(together, torch.stack([p[0] for p in parts]).mean())
+    torch.testing.assert_close(pixel, torch.stack([p[1] for p in parts]).mean())
+    for i, part in enumerate(parts):
+        torch.testing.assert_close(out.images[8 * i : 8 * i + 8], part[2].images)
+
+
+def test_emphasis_weighs_by_frequency() -> None:
+    difference = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(emphasized_error(difference, 0.0, 8.0), difference.square().mean())
+    for u, v in ((0, 0), (3, 5), (15, 2)):
+        coefficients = torch.zeros(1, 3, 16, 16)
+        coefficients[0, 0, u, v] = 1.0
+        wave = idct2(coefficients)
+        expected = (1 + max(u, v) / 4.0) ** 2 * wave.square().mean()
+        torch.testing.assert_close(emphasized_error(wave, 2.0, 4.0), expected)
+
+
+def test_emphasis_changes_the_pixel_loss_and_its_gradient(tokenizer: SpectralTokenizer, images: torch.Tensor) -> None:
+    lengths = torch.tensor([1, 2, 3, 4] * 2)
+    values, gradients = [], []
+    for emphasis in (0.0, 1e-9, 2.0):
+        task = TokenizerTask(tokenizer, TokenizerLossConfig(emphasis=emphasis))
+        _, pixel, _ = task.objective(tokenizer, images, lengths)
+        values.append(pixel)
+        gradients.append(torch.autograd.grad(pixel, tokenizer.decoder.mask_token)[0])
+    torch.testing.assert_close(values[1], values[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+    assert values[2] > values[0] and not torch.allclose(gradients[2], gradients[0], rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"emphasis": -1.0}, "emphasis must not be negative, not -1.0"),
+        ({"knee": 0.0}, "knee must be positive, not 0.0"),
+    ],
+)
+def test_impossible_weights_are_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenizerLossConfig(**changes)  # type: ignore[arg-type]
 
 
 def test_every_prefix_length_is_drawn(tokenizer: SpectralTokenizer, images: torch.Tensor) -> None:

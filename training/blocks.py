@@ -1,0 +1,61 @@
+"""What training does to the blocks of a model: compiles them, and computes them twice to save memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spectralar.generator.model import Block as GeneratorBlock
+from spectralar.tokenizer.vit import Block as TokenizerBlock
+
+Forward = Callable[..., Tensor]
+
+
+def prepare_blocks(model: nn.Module, *, compiled: bool, checkpointing: bool) -> None:
+    """Changes how the transformer blocks of a tokenizer or generator run in training mode; weights keep their names.
+
+    Before the model is divided over ranks (`parallelize`), so that what puts the weights of a block together stays
+    outside of what is compiled or computed again. In evaluation mode blocks run as they are: validation and pictures
+    come in other sizes, and each would be compiled anew.
+
+    Args:
+        model: changed in place.
+        compiled: under torch.compile, for static shapes; blocks of one kind share their code.
+        checkpointing: keep a block's input only, and compute the block once more in the backward pass (Chen et al.,
+            "Training deep nets with sublinear memory cost", 2016).
+    """
+    if not (compiled or checkpointing):
+        return
+    for block in model.modules():
+        if isinstance(block, TokenizerBlock | GeneratorBlock):
+            run: Forward = type(block).forward
+            if compiled:
+                run = _compiled(run)
+            if checkpointing:
+                run = functools.partial(_recomputed, run)
+            # A partial object and no closure, so that a copy of the model runs the copy's blocks.
+            block.forward = functools.partial(_forward, run, block)  # type: ignore[method-assign]
+
+
+def _forward(run: Forward, block: nn.Module, *inputs: Any) -> Tensor:
+    return run(block, *inputs) if block.training else type(block).forward(block, *inputs)
+
+
+def _recomputed(run: Forward, *inputs: Any) -> Tensor:
+    # No block draws random numbers, and to keep their state would wait for the device.
+    output: Tensor = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return output
+
+
+@functools.cache
+def _compiled(forward: Forward) -> Forward:
+    # Inside of a replica (DDP) the compiler would cut a block where a bucket of gradients ends; its blocks are
+    # small enough for their gradients to leave one by one.
+    torch._dynamo.config.optimize_ddp = False
+    compiled: Forward = torch.compile(forward, fullgraph=True, dynamic=False)
+    return compiled
