@@ -34,52 +34,50 @@ class ProductConfig:
 
 # By the most rows (rows of the batch times tokens of a group). Every program reads its weights and its rows once, from
 # the second-level cache at best, so tiles grow as long as enough of them are left to fill the processors, and long
-# steps win, since every step costs a barrier. Times are of 64 steps of d16 on an H100.
-PRODUCT = {
-    # Up to 32 rows on the warps' own tensor instructions. 27.2 ms; with prefetch 28.9, and 28.4 to 33.6 in other tiles.
+# steps win, since every step costs a barrier. Within 1 % the fastest of 3 to 11 that were tried on an H200 at each size
+# but 32.
+WHOLE = {
     16: ProductConfig(rows=16, columns=32, step=128, warps=4, stages=8, prefetch=False),
     32: ProductConfig(rows=32, columns=32, step=128, warps=4, stages=6),
-    64: ProductConfig(rows=64, columns=32, step=128, warps=4, stages=4),
-    # 41.5 ms, in steps of 64 47.5. 64 x 64 took 42.8 (d24 104.3 against 99.7), without prefetch 44.4.
-    128: ProductConfig(rows=128, columns=64, step=128, warps=8, stages=3),
-    # With all products so 63.8 ms; 69.8 with 128 x 128, which leaves too few tiles.
-    256: ProductConfig(rows=128, columns=64, step=64, warps=8, stages=4),
+    64: ProductConfig(rows=64, columns=32, step=128, warps=4, stages=6),
+    128: ProductConfig(rows=64, columns=64, step=128, warps=4, stages=4),
+    256: ProductConfig(rows=128, columns=64, step=64, warps=8, stages=6),
+    512: ProductConfig(rows=128, columns=128, step=64, warps=8, stages=3),
 }
+"""Products that one program sums up to the end: queries, keys and values, the first of the MLP, the head."""
 
-# More rows than that. With three stages all products so took 92.9 ms at 512 rows, with four 84.3.
-LARGEST = ProductConfig(rows=128, columns=128, step=64, warps=8, stages=4)
+# Fewer columns than those, so tiles can be larger: parts of their sums fill the processors.
+PARTIAL = {
+    16: WHOLE[16],
+    32: WHOLE[32],
+    64: ProductConfig(rows=64, columns=64, step=128, warps=4, stages=4),
+    128: WHOLE[128],
+    256: ProductConfig(rows=128, columns=128, step=64, warps=8, stages=5),
+    512: ProductConfig(rows=128, columns=128, step=64, warps=8, stages=4),
+}
+"""Products that end in the residual stream, in parts."""
 
 # fp32 does without tensor cores, so any more would only need more registers.
 FP32 = ProductConfig(rows=32, columns=32, step=32, warps=4, stages=2)
 
-# At 512 rows PyTorch's took 5.3 us (projection) and 10.8 (second of the MLP), ours 7.6 and 16.9. The others are ours:
-# queries, keys and values 8.7 us against 9.8, the first product of the MLP with its GELU 10.9 against 11.2.
-LIBRARY_ROWS = 257
-"""From so many rows on the products that end in the residual stream are PyTorch's."""
+# A step of 512 rows at 4 earlier tokens took 791 us with parts in bf16, 855 in fp32; at 256 rows 551 either way.
+NARROW_PARTS = 257
+"""From so many rows on parts of a product's sum are kept in the dtype of the weights, below in fp32."""
 
-# At 16 rows 28.9 ms against 31.0 without, at 128 42.8 against 42.9; at 512, where they are up to 134 MB a block and all
-# products were PyTorch's, 82.2 against 79.1.
-KEYS_AHEAD_ROWS = 256
-"""Up to so many rows attention asks for earlier keys and values before it waits for its queries (Hopper only)."""
+# 64 steps: 28.1 ms against 28.6 without at 32 rows; nothing from 128 rows on.
+KEYS_AHEAD = 256
+"""So many programs of the attention ask for all earlier keys and values before they wait for queries (Hopper only)."""
 
 NORM_WARPS = 4
 """Of the programs that hold one row of the residual stream."""
 
-# At 512 rows two tiles took as long.
-ATTEND_TILES = 4
-"""Loads of keys, and as many of values, that a thread of the attention has in flight."""
 
-
-def product_config(rows: int, element_size: int) -> ProductConfig:
-    """The launch for so many rows of elements of so many bytes."""
+def product_config(rows: int, element_size: int, partial: bool) -> ProductConfig:
+    """The launch for so many rows of elements of so many bytes; above the table its last entry."""
     if element_size > 2:
         return FP32
-    return next((config for most, config in PRODUCT.items() if rows <= most), LARGEST)
-
-
-def from_library(rows: int, element_size: int) -> bool:
-    """Whether the products that end in the residual stream are PyTorch's."""
-    return rows >= LIBRARY_ROWS and element_size == 2
+    table = PARTIAL if partial else WHOLE
+    return next((config for most, config in table.items() if rows <= most), table[max(table)])
 
 
 def parts(tiles: int, inner: int, step: int) -> int:
@@ -87,6 +85,13 @@ def parts(tiles: int, inner: int, step: int) -> int:
     most = min(PARTS, inner // SHORTEST)
     counts = [count for count in range(1, most + 1) if inner % (count * step) == 0] or [1]
     return min(counts, key=lambda count: -(-tiles * count // PROGRAMS) * inner // count + PART_COST * count)
+
+
+def attend_tiles(rows: int) -> int:
+    """Loads of keys, and as many of values, that a thread of the attention has in flight."""
+    # At 1, 31 and 62 earlier tokens: 128 rows 421, 473 and 544 us a step with four and 419, 490 and 556 with two, 512
+    # rows 784, 952 and 1202 with four and 735, 944 and 1209 with two.
+    return 4 if rows <= 128 else 2
 
 
 def attend_heads(heads: int) -> int:

@@ -3,8 +3,7 @@
 A block is seven launches: the four products, attention, and twice the same kernel behind a product that ends in the
 residual stream. That one adds the product's parts, bias, gate and residual, and norms and modulates the row for the
 next product, so that products read plain matrices: with the norm inside, every tile of columns would repeat it and read
-four times as much. No product waits for another program and no sum is taken in an order that could change. With
-many rows the products in front of that kernel are PyTorch's.
+four times as much. No product waits for another program and no sum is taken in an order that could change.
 
 On Hopper a grid starts while the one before it runs, up to where it needs its results (`_wait`); what it loads above
 that line no kernel of this step writes: weights, biases, modulations, the position, and keys and values of earlier
@@ -23,18 +22,17 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .batch_config import (
-    ATTEND_TILES,
-    KEYS_AHEAD_ROWS,
+    KEYS_AHEAD,
+    NARROW_PARTS,
     NORM_WARPS,
     attend_heads,
     attend_slots,
-    from_library,
+    attend_tiles,
     parts,
     product_config,
 )
@@ -45,6 +43,7 @@ _EPS = tl.constexpr(1e-6)
 _SMALLEST_NORM = tl.constexpr(1e-12)
 # The score of a key that is not there
 _NEVER = tl.constexpr(-1e30)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 # sqrt(2 / pi) twice: tanh(u) is 2 sigmoid(2 u) - 1
 _GELU = tl.constexpr(1.5957691216057308)
 
@@ -214,6 +213,19 @@ def _bring_closer(p_lines, m_lines):
 
 
 @triton.jit
+def _earlier(p_cache, left, TILES: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr):
+    # Every SLOTS-th of the next keys or values, of which so many are left, and zeros after them. They are read once, so
+    # others may stay in the second-level cache.
+    tiles = ()
+    for i_tile in tl.static_range(TILES):
+        m_tile = (left > i_tile * SLOTS)[:, None]
+        tiles += (  # type: ignore[assignment]
+            tl.load(p_cache + i_tile * SLOTS * D, mask=m_tile, other=0.0, eviction_policy="evict_first"),
+        )
+    return tiles
+
+
+@triton.jit
 def attend_kernel(
     p_first,  # [] int64
     p_qkv,  # [R, G, 3, H, D]
@@ -229,12 +241,14 @@ def attend_kernel(
     TILES: tl.constexpr,
     SLOTS: tl.constexpr,
     LINES: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     # One query of HEADS heads, a warp each. Each of SLOTS rows of lanes reads every SLOTS-th key and has a running
     # softmax of its own, so that only the product of a query and a key crosses lanes. Keys of this group come straight
-    # from the product.
+    # from the product. TILES * SLOTS keys and values are always on their way, the first of them before the wait.
     DTYPE: tl.constexpr = p_keys.dtype.element_ty
+    SPAN: tl.constexpr = TILES * SLOTS
     i_group = tl.program_id(0) % G
     i_heads = tl.program_id(0) // G
     i_row = i_heads // (H // HEADS)
@@ -245,13 +259,17 @@ def attend_kernel(
     o_d = tl.arange(0, D)
     first = tl.load(p_first).to(tl.int32)
     i_cache = (i_row * H + i_head).to(tl.int64) * (N * D)
-    o_cache = (o_r // SLOTS * (N * D))[:, None] + o_d[None, :]
+    o_cache = (o_r // SLOTS * (N * D) + o_slot * D)[:, None] + o_d[None, :]
     p_key = p_keys + i_cache + o_cache
     p_value = p_values + i_cache + o_cache
-    if LINES:
-        # Earlier keys and values come closer while the product runs: a key of 64 channels of 16 bits is one line.
+    b_left = first - o_slot
+    keys = _earlier(p_key, b_left, TILES, SLOTS, D)
+    values = _earlier(p_value, b_left, TILES, SLOTS, D)
+    if tl.program_id(0) < AHEAD:
+        # The rest of what the first programs read comes closer while the product runs: a key of 64 channels of 16 bits
+        # is one line.
         o_line = tl.arange(0, HEADS * LINES)
-        m_line = o_line % LINES < first
+        m_line = (o_line % LINES < first) & (o_line % LINES >= SPAN)
         o_near = i_cache + o_line // LINES * (N * D) + o_line % LINES * D
         _bring_closer(p_keys + o_near, m_line)
         _bring_closer(p_values + o_near, m_line)
@@ -260,50 +278,51 @@ def attend_kernel(
     p_q = p_qkv + i_row.to(tl.int64) * (3 * G * H * D) + o_h[:, None] * D + o_d[None, :]
     b_q = tl.load(p_q + 3 * i_group * (H * D)).to(tl.float32)  # [HEADS * SLOTS, D], as all that follows
     b_q *= (b_factor / tl.maximum(tl.sqrt(tl.sum(b_q * b_q, axis=1)), _SMALLEST_NORM))[:, None]
-    b_q = b_q.to(DTYPE).to(tl.float32)
-    # What a row sums up before its first key, if it has one, ends with the factor exp(_NEVER - max) = 0.
+    b_q = b_q.to(DTYPE).to(tl.float32) * _LOG2_E
+    # What a row sums up before its first key, if it has one, ends with the factor exp2(_NEVER - max) = 0.
     b_max = tl.full([HEADS * SLOTS], _NEVER, dtype=tl.float32)
     b_sum = tl.zeros([HEADS * SLOTS], dtype=tl.float32)
     b_o = tl.zeros([HEADS * SLOTS, D], dtype=tl.float32)
     for i_new in tl.static_range(G):
         b_k = tl.load(p_q + (3 * i_new + 1) * (H * D)).to(tl.float32)
         b_v = tl.load(p_q + (3 * i_new + 2) * (H * D))
-        b_k = (b_k / tl.maximum(tl.sqrt(tl.sum(b_k * b_k, axis=1)), _SMALLEST_NORM)[:, None]).to(DTYPE)
+        b_k = (b_k * (1.0 / tl.maximum(tl.sqrt(tl.sum(b_k * b_k, axis=1)), _SMALLEST_NORM))[:, None]).to(DTYPE)
         # One of the slots counts it.
         m_new = o_slot == i_new % SLOTS
         if i_group == i_new:
-            tl.store(p_key + (first + i_new) * D, b_k, mask=m_new[:, None])
-            tl.store(p_value + (first + i_new) * D, b_v, mask=m_new[:, None])
+            tl.store(p_key + (first + i_new - i_new % SLOTS) * D, b_k, mask=m_new[:, None])
+            tl.store(p_value + (first + i_new - i_new % SLOTS) * D, b_v, mask=m_new[:, None])
         b_s = tl.where(m_new, tl.sum(b_k.to(tl.float32) * b_q, axis=1), _NEVER)
         b_next = tl.maximum(b_max, b_s)
-        b_old = tl.exp(b_max - b_next)
-        b_p = tl.exp(b_s - b_next)
+        b_old = tl.exp2(b_max - b_next)
+        b_p = tl.exp2(b_s - b_next)
         b_sum = b_sum * b_old + b_p
         b_o = b_o * b_old[:, None] + b_p[:, None] * b_v.to(tl.float32)
         b_max = b_next
-    for i_n in range(0, first, TILES * SLOTS):
-        # All loads come first, so that they are in flight together. Later entries may hold anything, so the last key is
-        # read again in their place.
-        keys, values, scores = (), (), ()
-        for i_tile in tl.static_range(TILES):
-            o_n = tl.minimum(i_n + i_tile * SLOTS + o_slot, first - 1)[:, None] * D
-            keys += (tl.load(p_key + o_n),)  # type: ignore[assignment]
-            values += (tl.load(p_value + o_n),)  # type: ignore[assignment]
+    for _ in range(0, first, SPAN):
+        p_key += SPAN * D
+        p_value += SPAN * D
+        next_keys = _earlier(p_key, b_left - SPAN, TILES, SLOTS, D)
+        next_values = _earlier(p_value, b_left - SPAN, TILES, SLOTS, D)
+        scores = ()
         b_next = b_max
         for i_tile in tl.static_range(TILES):
             b_s = tl.sum(keys[i_tile].to(tl.float32) * b_q, axis=1)
-            scores += (tl.where(i_n + i_tile * SLOTS + o_slot < first, b_s, _NEVER),)
+            scores += (tl.where(b_left > i_tile * SLOTS, b_s, _NEVER),)  # type: ignore[assignment]
             b_next = tl.maximum(b_next, scores[i_tile])
-        b_old = tl.exp(b_max - b_next)
+        b_old = tl.exp2(b_max - b_next)
         b_sum *= b_old
         b_o *= b_old[:, None]
         for i_tile in tl.static_range(TILES):
-            b_p = tl.exp(scores[i_tile] - b_next)
+            b_p = tl.exp2(scores[i_tile] - b_next)
             b_sum += b_p
             b_o += b_p[:, None] * values[i_tile].to(tl.float32)
         b_max = b_next
+        keys = next_keys
+        values = next_values
+        b_left -= SPAN
     b_max = tl.reshape(b_max, [HEADS, SLOTS])
-    b_old = tl.exp(b_max - tl.max(b_max, axis=1)[:, None])
+    b_old = tl.exp2(b_max - tl.max(b_max, axis=1)[:, None])
     b_sum = tl.sum(tl.reshape(b_sum, [HEADS, SLOTS]) * b_old, axis=1)
     b_y = tl.sum(tl.reshape(b_o, [HEADS, SLOTS, D]) * (b_old / b_sum[:, None])[:, :, None], axis=1)  # [HEADS, D]
     p_o = p_out + (i_row * G + i_group).to(tl.int64) * (H * D) + (i_head + tl.arange(0, HEADS))[:, None] * D
@@ -347,14 +366,13 @@ def _embed(weights: DecodeWeights, state: DecodeState, normed: Tensor) -> None:
 
 
 def _product_parts(a: Tensor, weight: Tensor) -> Tensor:
-    """Linear layer without bias, `[R, G, K]` to `[parts, R, G, O]`, to be added; parts of our own are fp32."""
+    """Linear layer without bias, `[R, G, K]` to `[parts, R, G, O]`, to be added."""
     rows, inner = a.shape[0] * a.shape[1], a.shape[2]
-    if from_library(rows, a.element_size()):
-        return F.linear(a, weight)[None]
-    config = product_config(rows, a.element_size())
+    config = product_config(rows, a.element_size(), partial=True)
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(len(weight), config.columns)
     count = parts(tiles, inner, config.step)
-    out = a.new_empty((count, *a.shape[:2], len(weight)), dtype=torch.float32)
+    dtype = a.dtype if rows >= NARROW_PARTS else torch.float32
+    out = a.new_empty((count, *a.shape[:2], len(weight)), dtype=dtype)
     _product(a, weight, None, out, count)
     return out
 
@@ -362,7 +380,7 @@ def _product_parts(a: Tensor, weight: Tensor) -> Tensor:
 def _product(a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, count: int = 1, gelu: bool = False) -> None:
     """Linear layer, `[R, G, K]` to `[R, G, O]`; without bias `count` parts of it, `[count, R, G, O]`."""
     rows, inner, outputs = a.shape[0] * a.shape[1], a.shape[2], len(weight)
-    config = product_config(rows, a.element_size())
+    config = product_config(rows, a.element_size(), partial=bias is None)
     length = inner // count
     # The greatest power of two that divides the length, so that no load of the inner dimension needs a mask.
     even = length & -length
@@ -382,11 +400,11 @@ def _attend(weights: DecodeWeights, state: DecodeState, layer: int) -> None:
     rows, heads, length, channels = keys.shape
     group = weights.group
     many, slots = attend_heads(heads), attend_slots(channels)
-    ahead = rows * group <= KEYS_AHEAD_ROWS and _starts_early(keys.device)
+    ahead = KEYS_AHEAD if _starts_early(keys.device) else 0
     attend_kernel[(rows * (heads // many) * group,)](
         state.first, state.qkv, weights.query_scale[layer], keys, values, state.attended,
-        H=heads, N=length, D=channels, G=group, HEADS=many, TILES=ATTEND_TILES, SLOTS=slots,
-        LINES=triton.next_power_of_2(length) if ahead else 0, num_warps=many, **_early(keys.device),
+        H=heads, N=length, D=channels, G=group, HEADS=many, TILES=attend_tiles(rows * group), SLOTS=slots,
+        LINES=triton.next_power_of_2(length), AHEAD=ahead, num_warps=many, **_early(keys.device),
     )  # fmt: skip
 
 

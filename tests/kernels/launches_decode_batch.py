@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spectralar.kernels.decode import DecodeState, DecodeWeights, batch_kernel
-from spectralar.kernels.decode.batch_config import PRODUCT, from_library
+from spectralar.kernels.decode.batch_config import WHOLE
 
 
 def random_weights(
@@ -44,17 +44,18 @@ def random_weights(
 def sample_launches(capability: int = 90) -> None:
     """Launches what runs on a GPU of that compute capability."""
     with mock.patch.object(batch_kernel, "_starts_early", lambda device: capability >= 90):
-        for rows in (*PRODUCT, 2 * max(PRODUCT)):
+        for rows in WHOLE:
             a, weight = (torch.zeros(size, 1024, dtype=torch.bfloat16) for size in (rows, 4096))
             # GELU needs the most registers.
             hidden = torch.empty(rows, 1, 4096, dtype=torch.bfloat16)
             batch_kernel._product(a[:, None], weight, weight[:, 0].contiguous(), hidden, gelu=True)
-            if not from_library(rows, hidden.element_size()):
-                batch_kernel._product_parts(hidden, weight.view(1024, 4096))
+            batch_kernel._product_parts(hidden, weight.view(1024, 4096))
         _launch(16, 1024, 64, 1, torch.bfloat16)
         _launch(6, 1536, 256, 4, torch.float16)
         _launch(2, 128, 256, 16, torch.bfloat16)
         _launch(48, 256, 64, 1, torch.float32)
+        weights = random_weights(1, 128, 2, 64, 1, 96, torch.bfloat16)
+        batch_kernel._attend(weights, DecodeState.allocate(weights, 65, 130), 0)
 
 
 def _launch(rows: int, width: int, length: int, group: int, dtype: torch.dtype) -> None:
