@@ -13,18 +13,23 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from spectralar.bench.cases import Case, Condition, Measurement, Missing, Peer, Workload, timed, within_microseconds
-from spectralar.kernels.attention import backends, reference, spectral_attention
+from spectralar.kernels.attention import backends, packed_spectral_attention, reference, spectral_attention
 
 FORWARD = "our forward alone"
 # Relative to the largest value; bf16 has 2^-9 of rounding, and the gradients pass two more roundings.
 _BUDGET, _STEP_BUDGET = 8e-3, 2e-2
+# Packed queries, keys and values, and prefix lengths, to the output.
+Attend = Callable[[Tensor, Tensor | None], Tensor]
 # Images of one turn of the judge, whose scores are dense and in fp32.
 _JUDGED = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase(Case):
-    """`spectral_attention` of `batch` images: `image` rows, the class token among them, and `tokens` spectral ones."""
+    """`packed_spectral_attention` of `batch` images: `image` rows with the class token, and `tokens` spectral ones.
+
+    Queries, keys and values are one tensor for the peers too, as a projection leaves them, and so is its gradient.
+    """
 
     batch: int = 256
     image: int = 257
@@ -42,8 +47,8 @@ class AttentionCase(Case):
         mask = f"{self.mask} {self.role}" if self.mask == "strict" else self.mask
         prefixes = ", random prefixes" if self.prefixes else ""
         return (
-            f"spectral_attention {work} B={self.batch} {self.image}+{self.tokens} {self.heads}x{self.width} bf16, "
-            f"{mask}{prefixes}"
+            f"packed_spectral_attention {work} B={self.batch} {self.image}+{self.tokens} {self.heads}x{self.width} "
+            f"bf16, {mask}{prefixes}"
         )
 
     @property
@@ -86,8 +91,9 @@ class AttentionCase(Case):
 
     def workload(self, device: torch.device) -> Workload:
         generator = torch.Generator(device).manual_seed(0)
-        shape = (self.batch, self.length, self.heads, self.width)
-        q, k, v, grad = (torch.randn(shape, generator=generator, device=device).bfloat16() for _ in range(4))
+        start, end = (self.batch, self.length), (self.heads, self.width)
+        shapes = (*start, 3, *end), (*start, *end)
+        qkv, grad = (torch.randn(shape, generator=generator, device=device).bfloat16() for shape in shapes)
         prefixes = hidden = None
         if self.prefixes:
             prefixes = torch.randint(1, self.tokens + 1, (self.batch,), generator=generator, device=device)
@@ -95,40 +101,36 @@ class AttentionCase(Case):
             hidden = torch.arange(self.length, device=device) >= self.image + prefixes[:, None]
             grad[hidden] = 0
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, prefixes: Tensor | None, backend: Any = None) -> Tensor:
-            return spectral_attention(q, k, v, self.image, prefixes, self.mask, self.role, backend=backend)
+        exact = self.call(self._unpacked("reference"))
 
         def error(result: object) -> float:
-            return attention_error(result, self.call(functools.partial(attend, backend="reference")), inputs, hidden)
+            return attention_error(result, exact, inputs, hidden)
 
-        for x in (q, k, v):
-            x.requires_grad_(self.backward)
-        inputs = (q, k, v, prefixes, grad)
-        return Workload(inputs, self.call(attend), error)
+        inputs = (qkv.requires_grad_(self.backward), prefixes, grad)
+        return Workload(inputs, self.call(self._ours), error)
 
-    def call(self, attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Callable[..., object]:
-        """The work of this case with a way to attend: the output, or the gradients of q, k and v."""
+    def call(self, attend: Attend) -> Callable[..., object]:
+        """The work of this case with a way to attend: the output, or with the gradients of q, k and v."""
 
-        def forward(q: Tensor, k: Tensor, v: Tensor, prefixes: Tensor | None, grad: Tensor) -> tuple[Tensor, ...]:
+        def forward(qkv: Tensor, prefixes: Tensor | None, grad: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return (attend(q, k, v, prefixes),)
+                return (attend(qkv, prefixes),)
 
-        def step(q: Tensor, k: Tensor, v: Tensor, prefixes: Tensor | None, grad: Tensor) -> tuple[Tensor, ...]:
-            out = attend(q, k, v, prefixes)
-            return (out.detach(), *torch.autograd.grad(out, (q, k, v), grad))
+        def step(qkv: Tensor, prefixes: Tensor | None, grad: Tensor) -> tuple[Tensor, ...]:
+            out = attend(qkv, prefixes)
+            (grads,) = torch.autograd.grad(out, qkv, grad)
+            return (out.detach(), *grads.unbind(2))
 
         return step if self.backward else forward
 
     def peers(self, device: torch.device) -> tuple[Peer, ...]:
-        def unmasked(q: Tensor, k: Tensor, v: Tensor, prefixes: Tensor | None) -> Tensor:
+        def unmasked(qkv: Tensor, prefixes: Tensor | None) -> Tensor:
+            q, k, v = qkv.unbind(2)
             return backends.sdpa(q, k, v, False, None)
-
-        def ours(q: Tensor, k: Tensor, v: Tensor, prefixes: Tensor | None) -> Tensor:
-            return spectral_attention(q, k, v, self.image, prefixes, self.mask, self.role)
 
         alone = replace(self, backward=False)
         return (
-            *([Peer(FORWARD, lambda: alone.call(ours), "bound")] if self.backward else []),
+            *([Peer(FORWARD, lambda: alone.call(self._ours), "bound")] if self.backward else []),
             Peer("sdpa without a mask", lambda: self.call(unmasked), "bound"),
             Peer("sdpa, dense mask", lambda: self.call(self._dense(device))),
             Peer("sdpa, two calls", self._two_calls),
@@ -138,11 +140,22 @@ class AttentionCase(Case):
             ),
         )
 
-    def _dense(self, device: torch.device) -> Callable[..., Tensor]:
+    def _ours(self, qkv: Tensor, prefixes: Tensor | None) -> Tensor:
+        return packed_spectral_attention(qkv, self.image, prefixes, self.mask, self.role)
+
+    def _unpacked(self, backend: backends.Backend) -> Attend:
+        def attend(qkv: Tensor, prefixes: Tensor | None) -> Tensor:
+            q, k, v = qkv.unbind(2)
+            return spectral_attention(q, k, v, self.image, prefixes, self.mask, self.role, backend=backend)
+
+        return attend
+
+    def _dense(self, device: torch.device) -> Attend:
         allowed = reference.spectral_mask(self.length, self.image, None, self.mask, self.role, device)[:, None]
         position = torch.arange(self.length, device=device)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, prefixes: Tensor | None) -> Tensor:
+        def attend(qkv: Tensor, prefixes: Tensor | None) -> Tensor:
+            q, k, v = qkv.unbind(2)
             if prefixes is None:
                 return backends.sdpa(q, k, v, False, None, allowed)
             shown = (position < self.image + prefixes[:, None])[:, None, None]
@@ -155,7 +168,8 @@ class AttentionCase(Case):
             return Missing("written for the figure's mask without prefixes")
         bottom_right = causal_lower_right(self.tokens, self.length)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, prefixes: Tensor | None) -> Tensor:
+        def attend(qkv: Tensor, prefixes: Tensor | None) -> Tensor:
+            q, k, v = qkv.unbind(2)
             image, spectral = q.split((self.image, self.tokens), dim=1)
             whole = backends.sdpa(image, k, v, False, None)
             causal = F.scaled_dot_product_attention(
@@ -170,11 +184,7 @@ class AttentionCase(Case):
         why = backends.obstacle(name, probe, "prefixes" if self.prefixes else "plain", self.backward)
         if why is not None:
             return Missing(f"{name} {why}")
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, prefixes: Tensor | None) -> Tensor:
-            return spectral_attention(q, k, v, self.image, None, self.mask, self.role, backend=name)
-
-        return self.call(attend)
+        return self.call(self._unpacked(name))
 
 
 def attention_error(
@@ -188,14 +198,14 @@ def attention_error(
         inputs: of the case.
         hidden: bool `[B, T]`, rows of the output that are not judged.
     """
-    q, k, v, prefixes, grad = inputs
-    if not isinstance(result, tuple) or any(x.shape != q.shape for x in result):
+    qkv, prefixes, grad = inputs
+    if not isinstance(result, tuple) or any(x.shape != grad.shape for x in result):
         return float("inf")
-    worst, largest = torch.zeros(2, len(result), device=q.device)
-    for start in range(0, len(q), _JUDGED):
+    worst, largest = torch.zeros(2, len(result), device=qkv.device)
+    for start in range(0, len(qkv), _JUDGED):
         part = slice(start, start + _JUDGED)
-        leaves = [x[part].detach().float().requires_grad_(x.requires_grad) for x in (q, k, v)]
-        wanted = cast(tuple[Tensor, ...], exact(*leaves, prefixes if prefixes is None else prefixes[part], grad[part]))
+        leaf = qkv[part].detach().float().requires_grad_(qkv.requires_grad)
+        wanted = cast(tuple[Tensor, ...], exact(leaf, prefixes if prefixes is None else prefixes[part], grad[part]))
         for i, (got, want) in enumerate(zip(result, wanted, strict=True)):
             error = (got[part].float() - want).abs()
             if i == 0 and hidden is not None:

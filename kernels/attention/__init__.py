@@ -20,7 +20,13 @@ from torch import Tensor
 from . import backends, ops, reference
 from .backends import Backend
 
-__all__ = ["causal_attention", "cached_attention", "group_causal_attention", "spectral_attention"]
+__all__ = [
+    "cached_attention",
+    "causal_attention",
+    "group_causal_attention",
+    "packed_spectral_attention",
+    "spectral_attention",
+]
 
 MASKS = ("figure", "strict", "none")
 ROLES = ("encoder", "decoder")
@@ -65,16 +71,9 @@ def spectral_attention(
         ValueError: a shape, mask, role, prefix length or backend that is not allowed, or a forced backend that is not
             installed or can't compute this.
     """
-    _check_qkv(q, k, v)
-    if mask not in MASKS:
-        raise ValueError(f"mask must be one of {', '.join(MASKS)}, not {mask!r}")
-    if role not in ROLES:
-        raise ValueError(f"role must be one of {', '.join(ROLES)}, not {role!r}")
+    _check_spectral(q, k, v, n_image, prefix_lengths, mask, role)
     length = q.shape[1]
-    if not 0 <= n_image <= length:
-        raise ValueError(f"n_image must be 0..{length} (the sequence length), not {n_image}")
     if prefix_lengths is not None:
-        _check_prefix_lengths(prefix_lengths, q.shape[0], length - n_image)
         prefix_lengths = prefix_lengths.to(q.device)
     scale = q.shape[-1] ** -0.5
     backend = _choose(backend, q, k, v, "plain" if prefix_lengths is None else "prefixes")
@@ -100,6 +99,43 @@ def spectral_attention(
     seen = spectral if mask == "strict" and role == "decoder" else slice(0, length)
     spectral_out = attend(q[:, spectral], k[:, seen], v[:, seen], True, scale)
     return torch.cat([image_out, spectral_out], dim=1)
+
+
+def packed_spectral_attention(
+    qkv: Tensor,
+    n_image: int,
+    prefix_lengths: Tensor | None = None,
+    mask: Literal["figure", "strict", "none"] = "figure",
+    role: Literal["encoder", "decoder"] = "encoder",
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`spectral_attention` of queries, keys and values in one tensor, as a projection leaves them.
+
+    With `triton` their gradients are written into one tensor too, which spares the copy of `[B, T, 3, H, D]` that
+    follows three gradients.
+
+    Args:
+        qkv: `[B, T, 3, H, D]`, floating.
+        n_image: as for `spectral_attention`, like the rest.
+        prefix_lengths: integer `[B]` or None.
+        mask: kind of mask.
+        role: which side of the tokenizer.
+        backend: see above.
+
+    Raises:
+        TypeError, ValueError: a shape that is not `[B, T, 3, H, D]`, and what `spectral_attention` raises.
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must be [B, T, 3, H, D], not {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(2)
+    _check_spectral(q, k, v, n_image, prefix_lengths, mask, role)
+    backend = _choose(backend, q, k, v, "plain" if prefix_lengths is None else "prefixes")
+    if backend != "triton":
+        return spectral_attention(q, k, v, n_image, prefix_lengths, mask, role, backend=backend)
+    if prefix_lengths is not None:
+        prefix_lengths = prefix_lengths.to(qkv.device)
+    return ops.attention_packed(qkv, prefix_lengths, (), n_image, mask, role, q.shape[-1] ** -0.5)[0]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, backend: Backend | None = None) -> Tensor:
@@ -205,6 +241,21 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise TypeError(f"q, k, v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     if q.device != k.device or q.device != v.device:
         raise ValueError(f"q, k, v must be on one device, not {q.device}, {k.device}, {v.device}")
+
+
+def _check_spectral(
+    q: Tensor, k: Tensor, v: Tensor, n_image: int, prefix_lengths: Tensor | None, mask: str, role: str
+) -> None:
+    _check_qkv(q, k, v)
+    if mask not in MASKS:
+        raise ValueError(f"mask must be one of {', '.join(MASKS)}, not {mask!r}")
+    if role not in ROLES:
+        raise ValueError(f"role must be one of {', '.join(ROLES)}, not {role!r}")
+    length = q.shape[1]
+    if not 0 <= n_image <= length:
+        raise ValueError(f"n_image must be 0..{length} (the sequence length), not {n_image}")
+    if prefix_lengths is not None:
+        _check_prefix_lengths(prefix_lengths, q.shape[0], length - n_image)
 
 
 def _check_prefix_lengths(prefix_lengths: Tensor, batch: int, tokens: int) -> None:

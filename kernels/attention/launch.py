@@ -10,19 +10,18 @@ import torch
 import triton
 from torch import Tensor
 
-from .config import TileConfig, backward_config, forward_config, padded_width
+from .config import ROUND, TileConfig, backward_configs, forward_config, padded_width, tail_width
 from .kernel import (
     IMAGE_SEES_SPECTRAL,
     SPECTRAL_IS_CAUSAL,
     SPECTRAL_SEES_IMAGE,
+    attention_bwd_head_kernel,
     attention_bwd_keys_kernel,
     attention_bwd_queries_kernel,
     attention_fwd_kernel,
 )
 
 _LOG2_E = 1.4426950408889634
-# Every tile of rows divides this.
-ROUND = 64
 
 
 def forward(
@@ -49,7 +48,7 @@ def forward(
             q, k, v, out, lse, prefix_lengths, ends,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             lse.stride(1), n_image, length, heads, rules, programs, scale * _LOG2_E,
-            ROWS=config.rows, KEYS=config.keys, WIDTH=width, PADDED=padded,
+            ROWS=config.rows, KEYS=config.keys, TAIL=tail_width(length, padded), WIDTH=width, PADDED=padded,
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
     return out, lse
@@ -68,29 +67,44 @@ def backward(
     rules: int,
     scale: float,
     *,
-    config: TileConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; `grad` and `out` are contiguous, D has stride 1 in q, k and v."""
+    configs: tuple[TileConfig, ...] | None = None,
+) -> Tensor:
+    """Gradients of q, k and v, packed `[B, T, 3, H, D]`; `grad` and `out` are contiguous, D has stride 1 in q, k, v.
+
+    One config is a launch over whole heads, two are the launches for queries and for keys.
+    """
     batch, length, heads, width = q.shape
     padded = padded_width(width)
-    dq, dk, dv = (torch.empty(q.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.empty_like(lse)
-    config = config or backward_config(padded, _capability(q.device))
+    grads = torch.empty(batch, length, 3, heads, width, dtype=q.dtype, device=q.device)
+    dq, dk, dv = grads.unbind(2)
+    if not grads.numel():
+        return grads
+    configs = configs or backward_configs(length, padded, _capability(q.device))
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *dq.stride()[:3], lse.stride(1))
+    scale = scale * _LOG2_E
+    if len(configs) == 1:
+        (config,) = configs
+        attention_bwd_head_kernel[(batch * heads,)](
+            q, k, v, out, grad, dq, dk, dv, lse, prefix_lengths, ends, *strides, n_image, length, heads, rules, scale,
+            ROWS=config.rows, WIDTH=width, PADDED=padded,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+        )  # fmt: skip
+        return grads
     # The keys' kernel reads the sums that the queries' kernel leaves in delta.
+    delta = torch.empty_like(lse)
     launches: list[tuple[Any, int, tuple[Tensor, ...]]] = [
-        (attention_bwd_queries_kernel, triton.cdiv(length, config.rows), (out, grad, dq)),
-        (attention_bwd_keys_kernel, triton.cdiv(length, config.keys), (grad, dk, dv)),
+        (attention_bwd_queries_kernel, configs[0].rows, (out, grad, dq)),
+        (attention_bwd_keys_kernel, configs[1].keys, (grad, dk, dv)),
     ]
-    if dq.numel():
-        for kernel, programs, tensors in launches:
-            kernel[(batch * heads * programs,)](
-                q, k, v, *tensors, lse, delta, prefix_lengths, ends,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                lse.stride(1), n_image, length, heads, rules, programs, scale * _LOG2_E,
-                ROWS=config.rows, KEYS=config.keys, WIDTH=width, PADDED=padded,
-                num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
-            )  # fmt: skip
-    return dq, dk, dv
+    for (kernel, tile, tensors), config in zip(launches, configs, strict=True):
+        programs = triton.cdiv(length, tile)
+        kernel[(batch * heads * programs,)](
+            q, k, v, *tensors, lse, delta, prefix_lengths, ends, *strides,
+            n_image, length, heads, rules, programs, scale,
+            ROWS=config.rows, KEYS=config.keys, TAIL=tail_width(length, padded), WIDTH=width, PADDED=padded,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+        )  # fmt: skip
+    return grads
 
 
 @lru_cache

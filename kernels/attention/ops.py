@@ -38,6 +38,35 @@ def attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`[B, T, H, D]`, and the base-2 logarithms of the softmax sums `[B, H, T]`, T in whole tiles."""
+    return _forward(q, k, v, prefix_lengths, group_sizes, n_image, mask, role, scale)
+
+
+@torch.library.custom_op("spectralar::attention_packed", mutates_args=())
+def attention_packed(
+    qkv: Tensor,
+    prefix_lengths: Tensor | None,
+    group_sizes: Sequence[int],
+    n_image: int,
+    mask: str,
+    role: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The same of one tensor `[B, T, 3, H, D]`; its gradient is computed where it belongs, without a copy."""
+    q, k, v = qkv.unbind(2)
+    return _forward(q, k, v, prefix_lengths, group_sizes, n_image, mask, role, scale)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_lengths: Tensor | None,
+    group_sizes: Sequence[int],
+    n_image: int,
+    mask: str,
+    role: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     if not runs_kernels(q.device, q.dtype, q.shape[-1]):
         visible = _visible(q, prefix_lengths, group_sizes, n_image, mask, role)
         out, sums = reference.attention_with_sums(q, k, v, visible, scale)
@@ -50,10 +79,17 @@ def attention(
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _width = q.shape
     sums = q.new_empty((batch, heads, launch.padded_length(length)), dtype=torch.float32)
-    return v.new_empty(q.shape), sums
+    return q.new_empty(q.shape), sums
+
+
+@attention_packed.register_fake
+def _(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, length, _three, heads, width = qkv.shape
+    sums = qkv.new_empty((batch, heads, launch.padded_length(length)), dtype=torch.float32)
+    return qkv.new_empty((batch, length, heads, width)), sums
 
 
 @torch.library.custom_op("spectralar::attention_backward", mutates_args=())
@@ -70,11 +106,11 @@ def attention_backward(
     mask: str,
     role: str,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
+    """The gradients of q, k and v, packed: `[B, T, 3, H, D]`."""
     if not runs_kernels(q.device, q.dtype, q.shape[-1]):
         visible = _visible(q, prefix_lengths, group_sizes, n_image, mask, role)
-        d_q, d_k, d_v = reference.attention_backward(grad, q, k, v, visible, scale)
-        return d_q.contiguous(), d_k.contiguous(), d_v.contiguous()
+        return torch.stack(reference.attention_backward(grad, q, k, v, visible, scale), dim=2)
     with torch.cuda.device_of(q):
         return launch.backward(
             grad.contiguous(), _rows(q), _rows(k), _rows(v), out, sums, _flat(prefix_lengths),
@@ -83,8 +119,9 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(grad: Tensor, q: Tensor, *_: Any) -> Tensor:
+    batch, length, heads, width = q.shape
+    return q.new_empty((batch, length, 3, heads, width))
 
 
 def _visible(
@@ -115,9 +152,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
-    q, k, v, out, sums, prefix_lengths = ctx.saved_tensors
-    grads = attention_backward(grad, q, k, v, out, sums, prefix_lengths, *ctx.rest)
-    return (*grads, *(None,) * 6)
+    grads = attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return (*grads.unbind(2), *(None,) * 6)
+
+
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, prefix_lengths, *ctx.rest = inputs
+    ctx.save_for_backward(qkv, *output, prefix_lengths)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient_packed(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    qkv, *saved = ctx.saved_tensors
+    return attention_backward(grad, *qkv.unbind(2), *saved, *ctx.rest), *(None,) * 6
 
 
 attention.register_autograd(_gradient, setup_context=_save)
+attention_packed.register_autograd(_gradient_packed, setup_context=_save_packed)

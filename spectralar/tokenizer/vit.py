@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralar.config import Mask, ViTConfig
-from spectralar.kernels.attention import spectral_attention
+from spectralar.kernels.attention import packed_spectral_attention
 
 Role = Literal["encoder", "decoder"]
 
@@ -29,8 +29,8 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, prefix_lengths: Tensor | None) -> Tensor:  # [B, T, W]
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, T, H, D] each
-        seen = spectral_attention(q, k, v, self.n_image, prefix_lengths, self.mask, self.role)
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, H, D]
+        seen = packed_spectral_attention(qkv, self.n_image, prefix_lengths, self.mask, self.role)
         x = x + self.proj(seen.flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 

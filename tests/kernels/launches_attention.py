@@ -8,8 +8,11 @@ import torch
 
 from spectralar.kernels.attention import launch
 
-# Length, image rows, width: the tokenizer's, the generator's, wide heads, narrow ones of an odd width.
-SHAPES = ((321, 257, 64), (64, 0, 64), (321, 257, 128), (64, 0, 128), (97, 33, 24))
+# Length, image rows, width: the tokenizer's, which has tails; one without; the generator's; wide heads, with tails and
+# without; narrow ones of an odd width.
+SHAPES = (
+    (321, 257, 64), (320, 256, 64), (64, 0, 64), (321, 257, 128), (64, 0, 128), (65, 33, 24), (97, 33, 24)
+)  # fmt: skip
 
 
 def sample_launches(capability: int = 90) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -17,17 +18,37 @@ from spectralar.kernels.attention import (
     group_causal_attention,
     launch,
     ops,
+    packed_spectral_attention,
     reference,
     spectral_attention,
 )
-from spectralar.kernels.attention.config import MAX_WIDTH, TileConfig, backward_config, forward_config
+from spectralar.kernels.attention.config import (
+    MAX_WIDTH,
+    ROUND,
+    TAIL,
+    TileConfig,
+    backward_configs,
+    forward_config,
+    tail_width,
+)
+
+Configs = tuple[TileConfig, ...]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASKS = [("figure", "encoder"), ("strict", "encoder"), ("strict", "decoder"), ("none", "encoder")]
-SQUARE = TileConfig(rows=16, keys=16, warps=4, stages=1)
-# Tiles of rows and of keys begin at different places.
-CONFIGS = [SQUARE, TileConfig(rows=32, keys=16, warps=4, stages=1), TileConfig(rows=16, keys=32, warps=4, stages=1)]
-every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.rows}x{config.keys}")
+SQUARE = (TileConfig(rows=16, keys=16, warps=4, stages=1),) * 2
+# The first of each is the forward's as well. In some their tiles of rows and of keys begin at different places; the
+# last takes whole heads.
+STREAMS = {
+    "16x16": SQUARE,
+    "32x16": (TileConfig(rows=32, keys=16, warps=4, stages=1),) * 2,
+    "16x32": (TileConfig(rows=16, keys=32, warps=4, stages=1), TileConfig(rows=16, keys=16, warps=4, stages=1)),
+    "64x64": (TileConfig(rows=64, keys=64, warps=4, stages=1), TileConfig(rows=32, keys=64, warps=4, stages=1)),
+}
+CONFIGS = STREAMS | {"heads": (TileConfig(rows=64, keys=64, warps=4, stages=1),)}
+every_config = pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS)
+# Those whose tiles are wider than a tail.
+TAILED = {name: STREAMS[name] for name in ("32x16", "64x64")}
 needs_no_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="checks what a machine without a GPU does")
 
 
@@ -43,12 +64,13 @@ def inputs(batch: int, length: int, heads: int, width: int, dtype: torch.dtype =
 def run(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, n_image: int = 0, mask: str = "figure", role: str = "encoder",
     prefix: Tensor | None = None, sizes: Sequence[int] = (), scale: float = 0.3,
-    config: TileConfig | None = None,
+    configs: Configs | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Output and gradients of the kernels."""
     rules, ends = launch.rules_of(mask, role), launch.group_ends(tuple(sizes), q.device)
-    out, sums = launch.forward(q, k, v, prefix, ends, n_image, rules, scale, config=config)
-    return out, *launch.backward(grad, q, k, v, out, sums, prefix, ends, n_image, rules, scale, config=config)
+    out, sums = launch.forward(q, k, v, prefix, ends, n_image, rules, scale, config=configs and configs[0])
+    grads = launch.backward(grad, q, k, v, out, sums, prefix, ends, n_image, rules, scale, configs=configs)
+    return out, *grads.unbind(2)
 
 
 def visible(
@@ -90,39 +112,61 @@ def assert_within_budget(results: Sequence[Tensor], inputs: Sequence[Tensor], al
     "length, n_image, heads, width", [(1, 0, 1, 16), (1, 1, 3, 8), (19, 7, 2, 16), (33, 17, 1, 24)]
 )
 def test_values_and_gradients(
-    length: int, n_image: int, heads: int, width: int, mask: str, role: str, config: TileConfig, poisoned_empty: None
+    length: int, n_image: int, heads: int, width: int, mask: str, role: str, configs: Configs, poisoned_empty: None
 ) -> None:
     x = inputs(1, length, heads, width)
-    results = run(*x, n_image=n_image, mask=mask, role=role, config=config)
+    results = run(*x, n_image=n_image, mask=mask, role=role, configs=configs)
     assert_within_budget(results, x, visible(length, n_image, mask, role), 0.3)
 
 
+@pytest.mark.parametrize("configs", TAILED.values(), ids=TAILED)
+@pytest.mark.parametrize("mask, role", MASKS)
+@pytest.mark.parametrize("length, n_image", [(15, 4), (64, 20), (65, 64), (80, 33), (81, 81), (129, 70)])
+def test_lengths_about_whole_tiles_and_tails(
+    length: int, n_image: int, mask: str, role: str, configs: Configs, poisoned_empty: None
+) -> None:
+    x = inputs(1, length, 1, 16)
+    results = run(*x, n_image=n_image, mask=mask, role=role, configs=configs)
+    assert_within_budget(results, x, visible(length, n_image, mask, role), 0.3)
+
+
+@pytest.mark.parametrize("length, width, tail", [(1, 16, 16), (16, 64, 16), (17, 64, 0), (64, 64, 0), (65, 64, 16),
+    (80, 64, 16), (81, 64, 0), (321, 64, 16), (321, 128, 0)])  # fmt: skip
+def test_a_tail_holds_the_rest_of_a_length(length: int, width: int, tail: int) -> None:
+    assert tail_width(length, width) == tail
+
+
 @every_config
-def test_fp32_arithmetic_is_that_of_the_definition(config: TileConfig) -> None:
+def test_fp32_arithmetic_is_that_of_the_definition(configs: Configs) -> None:
     """In fp32, which only the interpreter runs, nothing hides behind rounding."""
     if DEVICE == "cuda":
         pytest.skip("a GPU's products of fp32 are TF32")
     x = inputs(1, 37, 1, 16, torch.float32)
     for (mask, role), n_image in zip(MASKS, (20, 20, 20, 0), strict=True):
-        results = run(*x, n_image=n_image, mask=mask, role=role, config=config)
+        results = run(*x, n_image=n_image, mask=mask, role=role, configs=configs)
         for got, want in zip(results, exact(x, visible(37, n_image, mask, role), 0.3), strict=True):
             assert (got.double() - want).abs().max() <= 2e-5
 
 
-@every_config
+@pytest.mark.parametrize(
+    "configs, n_image, length, prefixes",
+    [*((config, 6, 24, (1, 11, 18)) for config in CONFIGS.values()),
+     # All of a tail is hidden, some of it, none.
+     *((config, 40, 73, (1, 24, 25, 33)) for config in TAILED.values())],
+    ids=[*CONFIGS, *(f"{name} with a tail" for name in TAILED)],
+)  # fmt: skip
 @pytest.mark.parametrize("mask, role", MASKS)
 def test_prefix_lengths_equal_dropping_the_hidden_tokens(
-    mask: str, role: str, config: TileConfig, poisoned_empty: None
+    mask: str, role: str, configs: Configs, n_image: int, length: int, prefixes: tuple[int, ...], poisoned_empty: None
 ) -> None:
     """Not even a NaN among the hidden tokens reaches a row, key or value that matters; their own results are zero."""
-    n_image, length, scale = 6, 24, 0.3
-    prefix = torch.tensor([1, 11, 18], device=DEVICE)
-    x = inputs(3, length, 1, 16)
-    for i, n in enumerate(prefix.tolist()):
+    scale, prefix = 0.3, torch.tensor(prefixes, device=DEVICE)
+    x = inputs(len(prefixes), length, 1, 16)
+    for i, n in enumerate(prefixes):
         for part in x:
             part[i, n_image + n :] = float("nan")
-    results = run(*x, n_image=n_image, mask=mask, role=role, prefix=prefix, config=config, scale=scale)
-    for i, n in enumerate(prefix.tolist()):
+    results = run(*x, n_image=n_image, mask=mask, role=role, prefix=prefix, configs=configs, scale=scale)
+    for i, n in enumerate(prefixes):
         end = n_image + n
         kept = [part[i : i + 1, :end] for part in x]
         assert_within_budget(
@@ -131,22 +175,25 @@ def test_prefix_lengths_equal_dropping_the_hidden_tokens(
         assert all((result[i, end:] == 0).all() for result in results)
 
 
-@every_config
-@pytest.mark.parametrize("sizes", [(1,) * 21, (3, 14, 1, 9), (40,)])
-def test_groups(sizes: tuple[int, ...], config: TileConfig) -> None:
+@pytest.mark.parametrize(
+    "configs, sizes",
+    [*((config, sizes) for config in CONFIGS.values() for sizes in ((1,) * 21, (3, 14, 1, 9), (40,))),
+     *((config, sizes) for config in TAILED.values() for sizes in ((64, 1), (3, 60, 5), (1,) * 70))],
+)  # fmt: skip
+def test_groups(sizes: tuple[int, ...], configs: Configs, poisoned_empty: None) -> None:
     length = sum(sizes)
     x = inputs(1, length, 1, 16)
-    assert_within_budget(run(*x, sizes=sizes, config=config), x, visible(length, 0, "", "", sizes=sizes), 0.3)
+    assert_within_budget(run(*x, sizes=sizes, configs=configs), x, visible(length, 0, "", "", sizes=sizes), 0.3)
 
 
 @every_config
 @pytest.mark.parametrize("mask, role", MASKS)
-def test_information_flows_exactly_where_the_mask_says(mask: str, role: str, config: TileConfig) -> None:
+def test_information_flows_exactly_where_the_mask_says(mask: str, role: str, configs: Configs) -> None:
     """With unit vectors as values the output is the matrix of weights; with them as gradients, dv is its transpose."""
     length, n_image = 20, 7
     q, k, v, _ = inputs(1, length, 1, 32)
     unit = torch.eye(length, 32, device=DEVICE, dtype=v.dtype)[None, :, None]
-    out, _, _, d_v = run(q, k, unit, unit, n_image=n_image, mask=mask, role=role, scale=0.05, config=config)
+    out, _, _, d_v = run(q, k, unit, unit, n_image=n_image, mask=mask, role=role, scale=0.05, configs=configs)
     allowed = visible(length, n_image, mask, role)[0]
     assert torch.equal(out[0, :, 0, :length] > 0, allowed)
     assert torch.equal(d_v[0, :, 0, :length].T > 0, allowed)
@@ -156,39 +203,45 @@ def test_information_flows_exactly_where_the_mask_says(mask: str, role: str, con
 def test_extreme_scales(scale: float) -> None:
     """A softmax of equals, and one that picks a single key."""
     x = inputs(1, 21, 1, 16, torch.float16)
-    out = run(*x, n_image=9, scale=scale, config=SQUARE)[0]
+    out = run(*x, n_image=9, scale=scale, configs=SQUARE)[0]
     want = exact(x, visible(21, 9, "figure", "encoder"), scale)[0]
     assert (out.double() - want).abs().max() <= 4e-3
 
 
 @every_config
 @pytest.mark.parametrize("shape", [(0, 5, 2, 16), (2, 0, 2, 16), (2, 5, 0, 16)])
-def test_nothing_gives_nothing(shape: tuple[int, int, int, int], config: TileConfig) -> None:
-    for result in run(*inputs(*shape), config=config):
+def test_nothing_gives_nothing(shape: tuple[int, int, int, int], configs: Configs) -> None:
+    for result in run(*inputs(*shape), configs=configs):
         assert result.shape == shape
 
 
-def test_a_second_run_gives_the_same_bits() -> None:
-    x = inputs(1, 37, 1, 16)
-    first, second = (run(*x, n_image=20, config=SQUARE) for _ in range(2))
+@pytest.mark.parametrize(
+    "configs, length",
+    [*((config, 37) for config in CONFIGS.values()), *((config, 70) for config in TAILED.values())],
+)
+def test_a_second_run_gives_the_same_bits(configs: Configs, length: int) -> None:
+    x = inputs(1, length, 1, 16)
+    first, second = (run(*x, n_image=20, configs=configs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(
     "mask, role, n_image, rows, keys",
     [
-        ("figure", "encoder", 0, slice(0, 16), slice(16, 48)),
-        ("strict", "encoder", 16, slice(0, 16), slice(16, 48)),
-        ("strict", "encoder", 16, slice(16, 32), slice(32, 48)),
-        ("strict", "decoder", 32, slice(32, 48), slice(0, 32)),
+        ("figure", "encoder", 0, slice(0, 32), slice(32, 68)),
+        ("figure", "encoder", 0, slice(0, 64), slice(64, 68)),
+        ("strict", "encoder", 32, slice(0, 32), slice(32, 68)),
+        ("strict", "encoder", 32, slice(32, 64), slice(64, 68)),
+        ("strict", "decoder", 64, slice(64, 68), slice(0, 64)),
     ],
-    ids=["causal", "strict encoder", "strict encoder, spectral", "strict decoder"],
+    ids=["causal", "causal, tail", "strict encoder", "strict encoder, tail", "strict decoder, tail"],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, about the NaN
 def test_tiles_that_nobody_sees_are_never_read(mask: str, role: str, n_image: int, rows: slice, keys: slice) -> None:
     """A NaN under a mask, times its weight of zero, would be a NaN: these rows and keys must not even meet."""
-    q, k, v, grad = inputs(1, 48, 1, 16)
-    options: dict[str, Any] = {"n_image": n_image, "mask": mask, "role": role, "config": SQUARE}
+    q, k, v, grad = inputs(1, 68, 1, 16)
+    configs = (TileConfig(rows=32, keys=32, warps=4, stages=1),) * 2
+    options: dict[str, Any] = {"n_image": n_image, "mask": mask, "role": role, "configs": configs}
     clean = run(q, k, v, grad, **options)
     soiled_k, soiled_v, soiled_q, soiled_grad = (x.clone() for x in (k, v, q, grad))
     soiled_k[:, keys] = soiled_v[:, keys] = float("nan")
@@ -199,11 +252,23 @@ def test_tiles_that_nobody_sees_are_never_read(mask: str, role: str, n_image: in
     assert torch.equal(d_k[:, keys], clean[2][:, keys]) and torch.equal(d_v[:, keys], clean[3][:, keys])
 
 
-def test_tiles_of_rows_end_where_kept_numbers_end() -> None:
-    """Their logarithms and sums are stored and read without masks."""
-    for width in (16, 32, 64, 128):
-        for config in (forward_config(width), backward_config(width, 80), backward_config(width, 90)):
-            assert launch.ROUND % config.rows == 0
+def test_tiles_end_where_a_tail_begins_and_kept_numbers_end() -> None:
+    """A length alone says whether all launches have a tail, and what they keep of rows is stored and read unmasked."""
+    for width, capability in itertools.product((16, 32, 64, 128), (80, 90)):
+        forward, configs = forward_config(width), backward_configs(65, width, capability)
+        for config in (forward, *configs):
+            assert ROUND % config.rows == ROUND % config.keys == 0
+            assert min(config.rows, config.keys) >= TAIL
+        assert all(forward.rows % config.rows == 0 for config in configs)
+        assert configs[0].rows % configs[1].rows == 0
+
+
+@pytest.mark.parametrize("length, width, capability, launches", [(1, 64, 90, 1), (64, 16, 90, 1), (65, 64, 90, 2),
+    (64, 128, 90, 2), (64, 64, 80, 2)])  # fmt: skip
+def test_heads_of_one_tile_take_one_launch_on_hopper(length: int, width: int, capability: int, launches: int) -> None:
+    configs = backward_configs(length, width, capability)
+    assert len(configs) == launches
+    assert launches == 2 or configs[0].rows >= length
 
 
 def test_the_kernels_get_rows_that_they_can_number() -> None:
@@ -234,19 +299,27 @@ def test_the_operator_passes_pytorchs_checks(options: dict[str, Any]) -> None:
     torch.library.opcheck(ops.attention, op_arguments(torch.float16 if DEVICE == "cuda" else torch.float32, **options))
 
 
+def test_the_packed_operator_passes_pytorchs_checks() -> None:
+    q, k, v, *rest = op_arguments(torch.float16 if DEVICE == "cuda" else torch.float32)
+    qkv = torch.stack([q, k, v], 2).detach().requires_grad_()
+    torch.library.opcheck(ops.attention_packed, (qkv, *rest))
+
+
 @pytest.mark.parametrize("mask, role", MASKS)
 def test_the_operators_gradient_on_a_cpu(mask: str, role: str) -> None:
     q, k, v, grad = (x.cpu().double() for x in inputs(2, 9, 2, 16))
     results = []
     for call in (
         lambda q, k, v: ops.attention(q, k, v, None, (), 4, mask, role, 0.25)[0],
+        lambda q, k, v: ops.attention_packed(torch.stack([q, k, v], 2), None, (), 4, mask, role, 0.25)[0],
         lambda q, k, v: reference.spectral_attention(q, k, v, 4, None, mask, role),
     ):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = call(*leaves)
         results.append((out, *torch.autograd.grad(out, leaves, grad)))
-    for ours, wanted in zip(*results, strict=True):
+    for ours, packed, wanted in zip(*results, strict=True):
         assert (ours - wanted).abs().max() <= 1e-13
+        assert torch.equal(packed, ours)
 
 
 def test_a_whole_graph_compiles() -> None:
@@ -258,6 +331,9 @@ def test_a_whole_graph_compiles() -> None:
     def step(q: Tensor) -> Tensor:
         out = spectral_attention(q, k, v, 4, prefix) + group_causal_attention(q, k, v, (4, 5), 0.3)
         out = out + causal_attention(q, k, v, 0.3) + ops.attention(q, k, v, prefix, (), 4, "figure", "encoder", 0.3)[0]
+        packed = torch.stack([q, k, v], 2)
+        out = out + packed_spectral_attention(packed, 4, prefix, "strict")
+        out = out + ops.attention_packed(packed, prefix, (), 4, "figure", "encoder", 0.3)[0]
         return out.square().sum()
 
     wanted = torch.autograd.grad(step(q), q)[0]
@@ -272,6 +348,7 @@ def test_a_forced_backend_that_needs_a_gpu_says_so(backend: Any) -> None:
     q, k, v, _ = inputs(1, 4, 1, 16)
     for call in (
         lambda: spectral_attention(q, k, v, 2, backend=backend),
+        lambda: packed_spectral_attention(torch.stack([q, k, v], 2), 2, backend=backend),
         lambda: causal_attention(q, k, v, 1.0, backend=backend),
         lambda: group_causal_attention(q, k, v, (2, 2), 1.0, backend=backend),
     ):
@@ -333,6 +410,7 @@ def test_the_choice_and_its_reason_are_told_once(
         "attention backend: sdpa (triton needs bfloat16 or float16, not torch.float32)",
     ]
     assert backends.choose(None, torch.zeros(1, 1, 1, 16), "plain", False) == "sdpa"
+    monkeypatch.delitem(backends._FASTEST, (9, "training"))
     with caplog.at_level(logging.INFO, logger="spectralar.kernels.attention.backends"):
         assert backends.choose(None, half, "plain", True) == "sdpa"  # type: ignore[arg-type]
     told = "attention backend: sdpa (nothing else is tested for training on compute capability 9)"
@@ -352,6 +430,28 @@ def test_two_calls_of_a_flash_attention_make_the_spectral_mask(
     assert (got - reference.spectral_attention(q, k, v, 4, None, mask, role)).abs().max() <= 1e-13
     causal = causal_attention(q, k, v, 0.3, backend=backend)
     assert (causal - reference.causal_attention(q, k, v, 0.3)).abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference", None])
+def test_packed_attention_is_that_of_its_parts(backend: Any) -> None:
+    qkv = torch.stack([x.float() for x in inputs(2, 9, 2, 16)[:3]], 2).requires_grad_()
+    prefix = torch.tensor([1, 4], device=DEVICE)
+    results = []
+    for call in (
+        lambda: packed_spectral_attention(qkv, 4, prefix, "strict", "decoder", backend=backend),
+        lambda: spectral_attention(*qkv.unbind(2), 4, prefix, "strict", "decoder", backend=backend),
+    ):
+        out = call()
+        results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_is_not_packed() -> None:
+    for shape in ((2, 9, 2, 16), (2, 9, 2, 2, 16)):
+        with pytest.raises(ValueError, match=r"qkv must be \[B, T, 3, H, D\], not \(2, 9, "):
+            packed_spectral_attention(torch.zeros(shape), 4)
+    with pytest.raises(ValueError, match=r"n_image must be 0..9 \(the sequence length\), not 10"):
+        packed_spectral_attention(torch.zeros(2, 9, 3, 2, 16), 10)
 
 
 def test_bad_dtypes_devices_and_scales() -> None:
@@ -382,7 +482,9 @@ GPU_CASES = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", GPU_CASES)
-@pytest.mark.parametrize("length, width", [(321, 64), (321, 128), (321, 40), (833, 64)])
+@pytest.mark.parametrize(
+    "length, width", [(321, 64), (321, 128), (321, 40), (336, 64), (337, 64), (384, 64), (833, 64)]
+)
 def test_on_a_gpu(length: int, width: int, case: str, dtype: torch.dtype, poisoned_empty: None) -> None:
     options: dict[str, Any] = dict(GPU_CASES[case])
     n_image = options.setdefault("n_image", 0) and length - 64
@@ -410,6 +512,17 @@ def test_on_a_gpu(length: int, width: int, case: str, dtype: torch.dtype, poison
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(1,) * 17, (16,), (4,) * 16, (1,) * 64, (1,) * 65, (64, 17)])
+@pytest.mark.parametrize("width", [24, 64, 128])
+def test_short_heads_on_a_gpu(width: int, sizes: tuple[int, ...], dtype: torch.dtype, poisoned_empty: None) -> None:
+    x = inputs(3, sum(sizes), 4, width, dtype)
+    results, again = (run(*x, sizes=sizes, scale=width**-0.5) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+    assert_within_budget(results, x, visible(sum(sizes), 0, "", "", sizes=sizes), width**-0.5)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("mask, role", MASKS)
 def test_a_training_batch_on_a_gpu(mask: Any, role: Any) -> None:
     """256 images of 257 + 64 tokens through the public function, against PyTorch's fused attention in fp32."""
@@ -419,5 +532,9 @@ def test_a_training_batch_on_a_gpu(mask: Any, role: Any) -> None:
         leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
         out = spectral_attention(*leaves, 257, None, mask, role, backend=backend)  # type: ignore[arg-type]
         results.append((out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))))
+    packed = torch.stack([q, k, v], 2).requires_grad_()
+    out = packed_spectral_attention(packed, 257, None, mask, role, backend="triton")
+    (grads,) = torch.autograd.grad(out, packed, grad)
+    assert all(torch.equal(a, b) for a, b in zip(results[0], (out.detach(), *grads.unbind(2)), strict=True))
     for ours, wanted, fused in zip(*results, strict=True):
         assert (ours - wanted).abs().max() <= 2 * (fused - wanted).abs().max() + 2**-8 * (1 + wanted.abs().max())
