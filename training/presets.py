@@ -19,7 +19,7 @@ TOKENIZER_RUNS: dict[str, TokenizerRun] = {
         model=TokenizerConfig(),
         data=LoaderConfig(path="", batch=256, crop=Crop(256), workers=12),
         optimizer=OptimizerConfig(),
-        loop=LoopConfig(out="runs/tokenizer", steps=1_000_000, checkpoint_every=10_000),
+        loop=LoopConfig(out="runs/tokenizer", steps=1_000_000, compile=True, checkpoint_every=10_000),
     ),
     # 128-px pictures, a few thousand of them, minutes on one GPU. Two departures from the paper keep the tokens awake:
     # with pixel weight 1 the commitment loss pulls every token that matters little for the error to a constant code,
@@ -101,7 +101,7 @@ GENERATOR_RUNS: dict[str, GeneratorRun] = {
                 clip=2.0,
                 ema=0.0,
             ),
-            loop=LoopConfig(out=f"runs/generator-d{depth}", steps=steps, checkpoint_every=10_000),
+            loop=LoopConfig(out=f"runs/generator-d{depth}", steps=steps, compile=True, checkpoint_every=10_000),
         )
         for depth, lr, final, steps in (
             (16, 3.0e-4, 0.1, 333_800),
