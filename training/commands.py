@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -20,9 +20,13 @@ from spectralar.images import psnr, to_float
 from spectralar.pictures import prefix_strip
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.training.data import Crop, LoaderConfig, apply_crop, decode_image
+from spectralar.training.data.images import CropKind
+from spectralar.training.data.loader import LoaderBackend
+from spectralar.training.distributed import join_ranks
 from spectralar.training.evaluation.reconstruction import default_lengths
 from spectralar.training.presets import GENERATOR_RUNS, TOKENIZER_RUNS
-from spectralar.training.runs import GeneratorRun, TokenizerRun, tokenize, train_generator, train_tokenizer
+from spectralar.training.runs import GeneratorRun, TokenizerRun, train_generator, train_tokenizer
+from spectralar.training.tokenizing import tokenize
 from spectralar.weights import EMBEDDED
 from spectralar.weights.pretrained import CONFIG_FILE, resolve
 
@@ -72,38 +76,45 @@ def tokenize_command(
     tokenizer: Positional[str],
     shards: Positional[Path],
     out: Positional[Path],
-    crops: int = 1,
-    kind: Literal["center", "random", "random-resized", "none"] = "center",
+    crops: int | None = None,
+    kind: CropKind = "center",
     resize: int | None = None,
     scale: tuple[float, float] = (0.25, 1.0),
     flip: bool = False,
     batch: int = 256,
     workers: int = 0,
+    backend: LoaderBackend = "auto",
     seed: int = 0,
     device: str = "auto",
 ) -> None:
     """Encode every picture of a set of shards into a token store, from which a generator trains.
 
+    On the 8 GPUs of one machine: torchrun --nproc-per-node 8 -m spectralar.cli tokenize ...
+
+    A job that was killed goes on when the same command is given again.
+
     Args:
         tokenizer: directory or Hub id of a saved tokenizer or model.
         shards: folder of shards, one tar, or a pattern of tars.
         out: folder of the token store; must not exist.
-        crops: crops per picture, each drawn anew.
-        kind: how a crop is cut.
-        resize: short side before a random or center crop; the tokenizer's image size unless given.
+        crops: crops per picture, each drawn anew; 1 unless given, and 10 for ten-crop.
+        kind: how a crop is cut; ten-crop cuts four corners and the centre, and these five mirrored.
+        resize: short side before a random, center or ten-crop cut; the tokenizer's image size unless given.
         scale: least and greatest share of the area for random-resized.
         flip: mirror half of the crops.
         batch: pictures per forward pass.
-        workers: processes that decode.
+        workers: processes that read and, unless DALI does, decode.
+        backend: dali decodes on the GPU, pillow in the workers; auto is dali on a GPU where it is installed.
         seed: seed of the crops.
         device: auto, cpu or cuda.
     """
-    loaded = load_tokenizer(tokenizer, auto_device(device))
-    crop = Crop(loaded.config.image_size, kind, resize=resize, scale=scale, flip=flip)
-    data = LoaderConfig(path=str(shards), batch=batch, crop=crop, seed=seed, workers=workers)
-    store = tokenize(loaded, data, out, crops=crops)
-    info = store.info
-    print(f"{info.rows:,} rows of {info.tokens} tokens, {info.classes} classes: {out}")
+    with join_ranks(device) as ranks:
+        loaded = load_tokenizer(tokenizer, auto_device(device))
+        crop = Crop(loaded.config.image_size, kind, resize=resize, scale=scale, flip=flip)
+        data = LoaderConfig(path=str(shards), batch=batch, crop=crop, seed=seed, workers=workers, backend=backend)
+        info = tokenize(loaded, data, out, crops=crops, ranks=ranks).info
+    if ranks.first:
+        print(f"{info.rows:,} rows of {info.tokens} tokens, {info.classes} classes: {out}")
 
 
 def train_tokenizer_command(arguments: list[str], program: str) -> None:

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from spectralar.config import GeneratorConfig, TokenizerConfig, to_dict
 from spectralar.generator import SpectralGenerator
 from spectralar.sampling import SamplingSettings
 from spectralar.tokenizer import SpectralTokenizer
-from spectralar.training.data.loader import Batch, ImageLoader, LoaderConfig, crop_batches, evaluation_batches
+from spectralar.training.data.loader import ImageLoader, LoaderConfig, evaluation_batches
 from spectralar.training.data.shard_set import ShardSet
-from spectralar.training.data.tokens import TokenBatch, TokenLoader, TokenStore, TokenWriter
+from spectralar.training.data.tokens import TokenBatch, TokenLoader, TokenStore
+from spectralar.training.data.workers import Batch
 from spectralar.training.distributed import ALONE, Ranks, join_ranks
 from spectralar.training.generator import GeneratorTask
 from spectralar.training.loop import LoopConfig, Trainer
@@ -105,7 +105,7 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, console: Console
 
 def _tokenizer_trainer(run: TokenizerRun, ranks: Ranks, console: Console | None) -> Trainer:
     data = replace(run.data, batch=ranks.share(run.data.batch, "data.batch"))
-    loader = ImageLoader(data, rank=ranks.rank, world=ranks.world)
+    loader = ImageLoader(data, rank=ranks.rank, world=ranks.world, device=run.loop.resolved_device())
     torch.manual_seed(run.loop.seed)
     model = SpectralTokenizer(run.model)
     pictured: Tensor | None = None
@@ -127,48 +127,6 @@ def validation_images(path: str, size: int, limit: int, *, batch: int = 64, rank
     # A rank of evaluation_batches is every stride-th sample, which is the even spread wanted here.
     stride = math.ceil(len(ShardSet.open(path)) / limit)
     return evaluation_batches(path, batch=batch, size=size, rank=stride * ranks.rank, world=stride * ranks.world)
-
-
-def tokenize(
-    tokenizer: SpectralTokenizer,
-    data: LoaderConfig,
-    out: str | Path,
-    *,
-    crops: int = 1,
-    console: Console | None = None,
-) -> TokenStore:
-    """Encodes every image of a set `crops` times, each with another random crop, into a token store.
-
-    Args:
-        tokenizer: trained, on the device to use.
-        data: the images and their crop; `kind="center"` without flip makes all crops of an image equal.
-        out: folder of the store; must not exist.
-        crops: rows per image.
-        console: where to show progress; None is standard error.
-
-    Raises:
-        ValueError: a crop size that is not the tokenizer's, or an existing `out`.
-    """
-    if data.crop.size != tokenizer.config.image_size:
-        raise ValueError(f"crop.size must be the tokenizer's {tokenizer.config.image_size}, not {data.crop.size}")
-    shards = ShardSet.open(data.path, classes=data.classes)
-    writer = TokenWriter(
-        out,
-        tokens=tokenizer.config.tokens,
-        codebook_size=tokenizer.config.codebook_size,
-        class_names=shards.class_names,
-        crops=crops,
-        source_digest=shards.digest,
-        tokenizer_digest=weights_digest(tokenizer),
-    )
-    total = crops * math.ceil(len(shards) / data.batch)
-    with writer:
-        batches = crop_batches(data, crops)
-        shown = console or Console(stderr=True)
-        for images, labels in track(batches, "tokenizing", total, console=shown, transient=True):
-            with torch.inference_mode():
-                writer.append(tokenizer.encode(images.to(tokenizer.device)), labels)
-    return TokenStore.open(out)
 
 
 def train_generator(run: GeneratorRun, *, resume: bool = False, console: Console | None = None) -> Path:

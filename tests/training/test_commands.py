@@ -121,6 +121,9 @@ def test_tokenize(saved: Path, photo_shards: Path, tmp_path: Path, capsys: pytes
     assert (store.info.crops, store.info.rows, store.info.class_names) == (3, 30, ("dusk", "noon"))
     assert main(["tokenize", *call]) == 1
     assert f"path {out} exists already" in capsys.readouterr().err
+    ten = [*call[:2], str(tmp_path / "ten"), "--kind", "ten-crop", "--backend", "pillow", "--device", "cpu"]
+    assert main(["tokenize", *ten]) == 0
+    assert TokenStore.open(tmp_path / "ten").info.crops == 10
 
 
 def test_tokenize_refuses(saved: Path, photo_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,12 +211,8 @@ def check_gradients(config: TokenizerConfig, ranks: Ranks, ranks_per_copy: int) 
         made = TokenizerTask(model, TokenizerLossConfig(pixel=5.0), ranks=ranks)
 
         def loss(batch: Any) -> dict[str, Tensor]:
-            drawn = torch.randint
-            torch.randint = lambda *_, **__: lengths[batch[1]][part]  # type: ignore[assignment]
-            try:
-                return made.loss((batch[0], batch[0]))
-            finally:
-                torch.randint = drawn
+            made.draw_lengths = lambda _: lengths[batch[1]][part]  # type: ignore[method-assign]
+            return made.loss((batch[0], batch[0]))
 
         return loss
 
@@ -256,8 +252,8 @@ def check_evaluation(config: TokenizerConfig, generator: GeneratorConfig, shards
         parts = ranks.gather(torch.cat([*mine, everything.images[:0]]))
         seen = torch.cat(parts)
         assert sorted(x.sum().item() for x in seen) == sorted(x.sum().item() for x in alone)
-        expected = asdict(evaluate_tokenizer(tokenizer, [(alone,)], drop_cost=True))
-        got = asdict(evaluate_tokenizer(tokenizer, [(b,) for b in mine], drop_cost=True, ranks=ranks))
+        expected = asdict(evaluate_tokenizer(tokenizer, [(alone,)], costs=True))
+        got = asdict(evaluate_tokenizer(tokenizer, [(b,) for b in mine], costs=True, ranks=ranks))
         for name, value in expected.items():
             assert got[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
     with pytest.raises(ValueError, match="no images"):

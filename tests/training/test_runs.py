@@ -15,7 +15,7 @@ from spectralar.config import GeneratorConfig, TokenizerConfig, from_dict, to_di
 from spectralar.generator import SpectralGenerator
 from spectralar.sampling import SamplingSettings
 from spectralar.tokenizer import SpectralTokenizer
-from spectralar.training.data import Crop, LoaderConfig, ShardSet, TokenStore, TokenWriter, evaluation_batches
+from spectralar.training.data import Crop, LoaderConfig, TokenStore, TokenWriter, evaluation_batches
 from spectralar.training.journal import read_log
 from spectralar.training.loop import LoopConfig
 from spectralar.training.optimizer import OptimizerConfig
@@ -24,12 +24,12 @@ from spectralar.training.runs import (
     GeneratorRun,
     TokenizerRun,
     fitted,
-    tokenize,
     train_generator,
     train_tokenizer,
     validation_images,
     weights_digest,
 )
+from spectralar.training.tokenizing import tokenize
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, warmup=2)
 
@@ -131,55 +131,6 @@ def test_validation_images_are_spread_over_the_set(photo_shards: Path, limit: in
     assert torch.equal(torch.cat([b.images for b in batches]), everything.images[list(expected)])
     assert torch.equal(torch.cat([b.labels for b in batches]), everything.labels[list(expected)])
     assert len(expected) <= limit and max(len(b.images) for b in batches) <= 4
-
-
-def test_tokenize_keeps_order_labels_and_origins(
-    tokenizer: SpectralTokenizer, photo_shards: Path, tmp_path: Path
-) -> None:
-    data = LoaderConfig(str(photo_shards / "val"), batch=4, crop=Crop(16, "center", flip=False))
-    store = tokenize(tokenizer, data, tmp_path / "deep" / "store", crops=2, console=quiet())
-    (everything,) = evaluation_batches(photo_shards / "val", batch=10, size=16)
-    expected = tokenizer.encode(everything.images)
-    tokens = torch.from_numpy(store.tokens.astype("int64"))
-    assert torch.equal(tokens[:10], tokens[10:])
-    # A code may flip where two are all but equally near, since another batch size rounds differently.
-    assert (tokens[:10] == expected).double().mean() > 0.95
-    assert store.labels.tolist() == everything.labels.tolist() * 2
-    info = store.info
-    assert (info.tokens, info.codebook_size, info.crops, info.images) == (4, 16, 2, 10)
-    assert info.class_names == ("dusk", "noon")
-    assert info.source_digest == ShardSet.open(photo_shards / "val").digest
-    assert info.tokenizer_digest == weights_digest(tokenizer)
-
-
-def test_tokenize_refuses(tokenizer: SpectralTokenizer, photo_shards: Path, tmp_path: Path) -> None:
-    data = LoaderConfig(str(photo_shards / "val"), batch=4, crop=Crop(12))
-    with pytest.raises(ValueError, match=r"crop\.size must be the tokenizer's 16, not 12"):
-        tokenize(tokenizer, data, tmp_path / "store", console=quiet())
-    (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError, match=r"there exists already"):
-        tokenize(tokenizer, replace(data, crop=Crop(16)), tmp_path / "there", console=quiet())
-    with pytest.raises(ValueError, match="crops"):
-        tokenize(tokenizer, replace(data, crop=Crop(16)), tmp_path / "store", crops=0, console=quiet())
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
-
-
-def test_a_failure_while_tokenizing_leaves_nothing(
-    tokenizer: SpectralTokenizer, photo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encode, calls = tokenizer.encode, []
-
-    def failing(images: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 2:
-            raise RuntimeError("out of memory")
-        return encode(images)
-
-    monkeypatch.setattr(tokenizer, "encode", failing)
-    data = LoaderConfig(str(photo_shards / "val"), batch=4, crop=Crop(16))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        tokenize(tokenizer, data, tmp_path / "store", console=quiet())
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_fitted_takes_only_what_the_store_says(token_store: TokenStore, generator_config: GeneratorConfig) -> None:

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
+import logging
 import os
-import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
+from spectralar.training.data.dali import INSTALL, DaliBatches, EncodedImages, dali_installed
 from spectralar.training.data.epochs import EpochOrder, Position, check_share, random_stream
 from spectralar.training.data.images import Crop, ImageError, decode_image, draw, prepare
 from spectralar.training.data.shard_set import ShardSet
 from spectralar.training.data.tar_index import ShardError
+from spectralar.training.data.workers import Batch, Request, Requests, answers
 
-Request = tuple[int, np.ndarray]
-"""Epoch and sample indices of one batch."""
+LoaderBackend = Literal["auto", "dali", "pillow"]
 
-
-class Batch(NamedTuple):
-    """Images uint8 `[B, 3, S, S]` and class labels int64 `[B]`."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`; the copy overlaps other work where the memory is pinned."""
-        return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+_log = logging.getLogger("spectralar")
 
 
 @dataclass(frozen=True)
@@ -44,10 +35,18 @@ class LoaderConfig:
         batch: images per rank and step.
         crop: square and augmentation.
         seed: seed of order and augmentation, not negative.
-        workers: processes that decode; 0 decodes in the training process.
+        workers: processes that read and, unless DALI does, decode; 0 does so in the training process.
         shuffle: False keeps every epoch in the order of the shards.
         cache: keep all decoded and resized images in memory, shared by the workers, so that an epoch costs only crops.
+            Pillow decodes them.
         classes: number of classes, where the shards do not say.
+        backend: `dali` decodes JPEGs on the GPU, `pillow` decodes in the workers; `auto` is `dali` on a GPU where it is
+            installed, unless there is a cache. Both give the same samples, crops and order.
+        hw_decoder_load: share of the JPEGs that `dali` gives to the decoder which some GPUs have beside their cores; 0
+            leaves it out.
+
+    Raises:
+        ValueError: a value outside its limits, or a cache with `dali`.
     """
 
     path: str
@@ -58,6 +57,8 @@ class LoaderConfig:
     shuffle: bool = True
     cache: bool = False
     classes: int | None = None
+    backend: LoaderBackend = "auto"
+    hw_decoder_load: float = 1.0
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -65,6 +66,12 @@ class LoaderConfig:
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
         _check_workers(self.workers)
+        if self.backend not in get_args(LoaderBackend):
+            raise ValueError(f"backend must be one of {', '.join(get_args(LoaderBackend))}, not {self.backend!r}")
+        if self.backend == "dali" and self.cache:
+            raise ValueError("cache must be off with backend dali: it holds what Pillow has decoded")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ValueError(f"hw_decoder_load must be 0..1, not {self.hw_decoder_load}")
 
 
 class ImageLoader(Position, Iterator[Batch]):
@@ -74,19 +81,27 @@ class ImageLoader(Position, Iterator[Batch]):
     batch is left out of that epoch. The crop of a sample is drawn from (seed, epoch, sample) alone. So the images do
     not depend on workers, cache, prefetching, the division into ranks, or on where a run was interrupted.
 
-    Batches are in pinned memory where CUDA is available. Worker processes live as long as the loader.
+    Batches are on `device` with DALI, else on the CPU, in pinned memory where CUDA is available. Worker processes live
+    as long as the loader.
 
     Args:
         config: what to load.
         rank: this rank.
         world: number of ranks.
+        device: where the images are used.
+
+    Attributes:
+        backend: `dali` or `pillow`.
 
     Raises:
-        ValueError: see `ShardSet.open` and `EpochOrder`; a set smaller than one global batch.
+        ValueError: see `ShardSet.open` and `EpochOrder`; a set smaller than one global batch; DALI asked for and not
+            installed.
         ShardError: while iterating (while constructing, with a cache): an image that cannot be decoded or cut.
     """
 
-    def __init__(self, config: LoaderConfig, *, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, config: LoaderConfig, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
         check_share(rank, world)
         self.config = config
         self.shards = ShardSet.open(config.path, classes=config.classes)
@@ -94,9 +109,10 @@ class ImageLoader(Position, Iterator[Batch]):
             len(self.shards), config.batch, seed=config.seed, shuffle=config.shuffle, rank=rank, world=world
         )
         super().__init__(order, self.shards.digest)
-        images = _Images(self.shards, config.crop, config.seed, config.cache)
-        self._requests = _Requests(order)
-        self._batches = _data_loader(images, self._requests, config.workers, persistent=True)
+        self._requests = Requests(order)
+        self.backend, self._batches = _batches(
+            config, self.shards, self._requests, torch.device(device), persistent=True, tells=rank == 0
+        )
         self._stream: Iterator[Batch] | None = None
         self._stream_step = 0
 
@@ -162,31 +178,92 @@ def evaluation_batches(
     shards = ShardSet.open(path, classes=classes)
     mine = np.arange(rank, len(shards), world)
     requests = [(0, mine[start : start + batch]) for start in range(0, len(mine), batch)]
-    return iter(_data_loader(_Images(shards, crop, 0, cache=False), requests, workers, persistent=False))
+    images = _Images(shards, crop, 0, cache=False)
+    return iter(answers(images, requests, workers, persistent=False, pinned=True))
 
 
-def crop_batches(config: LoaderConfig, crops: int) -> Iterator[Batch]:
+def crop_requests(samples: int, batch: int, crops: int) -> list[Request]:
     """`crops` passes over a set in its order, every sample once a pass, the last batch of a pass as long as is left.
 
-    Pass c gives each sample the crop that training with this configuration would give it in epoch c.
+    Args:
+        samples: size of the set.
+        batch: samples per batch.
+        crops: number of passes, positive.
+
+    Raises:
+        ValueError: no passes.
+    """
+    if crops < 1:
+        raise ValueError(f"crops must be positive, not {crops}")
+    every = np.arange(samples)
+    return [(c, every[start : start + batch]) for c in range(crops) for start in range(0, samples, batch)]
+
+
+def crop_batches(
+    config: LoaderConfig, requests: list[Request], *, device: torch.device | str = "cpu", tells: bool = True
+) -> Iterator[Batch]:
+    """The batches of some of `crop_requests`: pass c gives each sample its crop of epoch c in training.
 
     Args:
-        config: what to load; `batch` is the size of the batches, `shuffle` is not used.
-        crops: number of passes, positive.
+        config: what to load; `batch` is the largest number of samples in a request, `shuffle` is not used.
+        requests: the batches to load.
+        device: where the images are used, see `ImageLoader`.
+        tells: say which backend was chosen.
 
     Raises:
         ValueError: at once, for a bad argument.
         ShardError: for a shard or image that cannot be read.
     """
-    if crops < 1:
-        raise ValueError(f"crops must be positive, not {crops}")
     shards = ShardSet.open(config.path, classes=config.classes)
-    every = np.arange(len(shards))
-    requests = [
-        (c, every[start : start + config.batch]) for c in range(crops) for start in range(0, len(every), config.batch)
-    ]
-    images = _Images(shards, config.crop, config.seed, config.cache)
-    return iter(_data_loader(images, requests, config.workers, persistent=False))
+    return iter(_batches(config, shards, requests, torch.device(device), persistent=False, tells=tells)[1])
+
+
+def choose_backend(config: LoaderConfig, device: torch.device) -> tuple[Literal["dali", "pillow"], str]:
+    """Who decodes for images that are used on `device`, and why.
+
+    Raises:
+        ValueError: DALI is asked for and not installed.
+    """
+    if config.backend == "dali" and not dali_installed():
+        raise ValueError(f"backend dali needs NVIDIA DALI, which is not installed: {INSTALL}")
+    if config.backend != "auto":
+        return config.backend, "as asked for"
+    if config.cache:
+        return "pillow", "it fills the cache"
+    if device.type != "cuda":
+        return "pillow", f"the device is {device.type}"
+    if not dali_installed():
+        return "pillow", f"NVIDIA DALI, which decodes on the GPU, is not installed ({INSTALL})"
+    return "dali", "it decodes on the GPU"
+
+
+def _batches(
+    config: LoaderConfig,
+    shards: ShardSet,
+    requests: Sampler[Request] | list[Request],
+    device: torch.device,
+    *,
+    persistent: bool,
+    tells: bool,
+) -> tuple[Literal["dali", "pillow"], Iterable[Batch]]:
+    backend, reason = choose_backend(config, device)
+    if tells:
+        missing = device.type == "cuda" and config.backend == "auto" and backend == "pillow" and not config.cache
+        _log.log(logging.WARNING if missing else logging.INFO, "images are decoded by %s: %s", backend, reason)
+    if backend == "pillow":
+        images = _Images(shards, config.crop, config.seed, config.cache)
+        return backend, answers(images, requests, config.workers, persistent=persistent, pinned=True)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    encoded = EncodedImages(shards, config.crop, config.seed)
+    return backend, DaliBatches(
+        answers(encoded, requests, config.workers, persistent=persistent, pinned=False),
+        shards,
+        size=config.crop.size,
+        batch=config.batch,
+        device=device,
+        hw_decoder_load=config.hw_decoder_load,
+    )
 
 
 class _Images(Dataset[Batch]):
@@ -202,7 +279,7 @@ class _Images(Dataset[Batch]):
         images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8)
         for out, index in zip(images.numpy(), indices.tolist(), strict=True):
             pixels = self.decode(index) if self.cache is None else self.cache[index]
-            draw(pixels, self.crop, random_stream(self.seed, "augmentation", epoch, index), out)
+            draw(pixels, self.crop, random_stream(self.seed, "augmentation", epoch, index), epoch, out)
         return Batch(images, torch.from_numpy(self.shards.labels[indices]))
 
     def decode(self, index: int) -> np.ndarray:
@@ -231,44 +308,6 @@ class _Cache:
     def __getitem__(self, index: int) -> np.ndarray:
         shape, end = self.shapes[index], int(self.ends[index])
         return self.block.numpy()[end - int(shape.prod()) : end].reshape(shape)
-
-
-class _Requests(Sampler[Request]):
-    """Endless requests, from batch number `start`."""
-
-    def __init__(self, order: EpochOrder) -> None:
-        self.order, self.start = order, 0
-
-    def __iter__(self) -> Iterator[Request]:
-        return map(self.order.indices, itertools.count(self.start))
-
-
-def _data_loader(
-    images: _Images, requests: Sampler[Request] | list[Request], workers: int, *, persistent: bool
-) -> DataLoader[Batch]:
-    return DataLoader(
-        images,
-        batch_size=None,
-        sampler=requests,
-        num_workers=workers,
-        collate_fn=_as_is,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=persistent and workers > 0,
-        worker_init_fn=_leave_interrupts,
-        prefetch_factor=2 if workers > 0 else None,
-        # Without a generator of its own, every start of an iteration would draw from torch's global one.
-        generator=torch.Generator(),
-    )
-
-
-def _leave_interrupts(_: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM go to a whole process group; the training process alone answers, after its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.setpgid(0, 0)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def _check_workers(workers: int) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from spectralar.training.data import Crop, ImageError, apply_crop, decode_image, encode_for_shard
 from spectralar.training.data import images as images_module
-from spectralar.training.data.images import CROP_KINDS
+from spectralar.training.data.images import CROP_KINDS, choose_cut, resized_size
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -185,9 +185,12 @@ def test_other_files_are_re_encoded_with_a_reason(encode, picture):
 def test_crop_settings_are_checked():
     for settings_, message in [
         ({"size": 0}, "size must be positive, not 0"),
-        ({"size": 4, "kind": "other"}, "kind must be one of center, random, random-resized, none, not 'other'"),
+        (
+            {"size": 4, "kind": "other"},
+            "kind must be one of center, random, .*ten-crop, none, not 'other'",
+        ),
         ({"size": 4, "resize": 3}, "resize must be at least size 4, not 3"),
-        ({"size": 4, "kind": "none", "resize": 8}, "resize is for kind center or random, not none"),
+        ({"size": 4, "kind": "none", "resize": 8}, "resize is for kind center, random, ten-crop, not none"),
         ({"size": 4, "scale": (0.5, 0.4)}, "scale must be"),
         ({"size": 4, "scale": (0.0, 0.4)}, "scale must be"),
     ]:
@@ -211,6 +214,36 @@ def test_center_crop_is_in_the_middle(picture):
     small = apply_crop(image, Crop(4, "center", flip=False), np.random.default_rng(0))
     whole = np.asarray(image.resize((6, 4), Image.Resampling.BICUBIC))  # 13 * 4 / 8 = 6.5, rounded to even
     np.testing.assert_array_equal(small.numpy(), whole[:, 1:5].transpose(2, 0, 1))
+
+
+def test_ten_crops_are_corners_and_centre_and_their_mirror_images(picture):
+    image = picture(7, 10)
+    a = np.asarray(image).transpose(2, 0, 1)
+    places = [(0, 0), (0, 6), (3, 0), (3, 6), (1, 3)]
+    expected = [a[:, y : y + 4, x : x + 4] for y, x in places]
+    expected += [square[:, :, ::-1] for square in expected]
+    for flip in (False, True):
+        crop = Crop(4, "ten-crop", resize=7, flip=flip)
+        for epoch in range(20):
+            got = apply_crop(image, crop, np.random.default_rng(epoch), epoch)
+            np.testing.assert_array_equal(got.numpy(), expected[epoch % 10])
+
+
+@pytest.mark.parametrize("kind", CROP_KINDS)
+def test_cut_and_size_in_numbers_are_what_is_cut(picture, kind):
+    """What `resized_size` and `choose_cut` say, done by hand, is the crop: other decoders cut by them."""
+    for seed in range(20):
+        sides = np.random.default_rng(seed).integers(12, 40, 2).tolist() if kind != "none" else (9, 9)
+        image = picture(*sides, seed=seed)
+        crop = Crop(9, kind, resize=11 if kind in ("center", "random", "ten-crop") else None)
+        size = resized_size(*image.size, crop)
+        cut = choose_cut(*size, crop, np.random.default_rng(seed), seed)
+        assert 0 <= cut.left < cut.right <= size[0] and 0 <= cut.top < cut.bottom <= size[1]
+        by_hand = image.resize(size, Image.Resampling.BICUBIC).resize((9, 9), Image.Resampling.BICUBIC, box=cut[:4])
+        if cut.mirrored:
+            by_hand = by_hand.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        got = apply_crop(image, crop, np.random.default_rng(seed), seed)
+        np.testing.assert_array_equal(got.numpy(), np.asarray(by_hand).transpose(2, 0, 1))
 
 
 def test_random_crops_reach_every_place_and_both_flips(picture):

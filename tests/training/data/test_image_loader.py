@@ -21,6 +21,7 @@ from spectralar.training.data import (
     TokenWriter,
     apply_crop,
     crop_batches,
+    crop_requests,
     decode_image,
     evaluation_batches,
     write_shards,
@@ -232,21 +233,24 @@ def test_evaluation_arguments_are_checked_at_once(numbered_dir, changes, message
 @pytest.mark.parametrize("workers, cache", [(0, False), (2, True)])
 def test_crop_batches_are_the_crops_of_the_epochs_in_the_order_of_the_set(numbered_dir, workers, cache):
     config = LoaderConfig(str(numbered_dir), 10, Crop(10, resize=12), seed=3, workers=workers, cache=cache)
-    batches = list(crop_batches(config, 2))
+    requests = crop_requests(23, 10, 2)
+    batches = list(crop_batches(config, requests))
     assert [len(b.labels) for b in batches] == [10, 10, 3] * 2
     trained = take(loader(numbered_dir, batch=23, shuffle=False), 2)
     for start, epoch in zip((0, 3), trained, strict=True):
         assert torch.equal(torch.cat([b.images for b in batches[start : start + 3]]), epoch.images)
         assert torch.equal(torch.cat([b.labels for b in batches[start : start + 3]]), epoch.labels)
     with pytest.raises(ValueError, match="crops must be positive, not 0"):
-        crop_batches(config, 0)
+        crop_requests(23, 10, 0)
+    (second,) = crop_batches(config, requests[3:4])
+    assert torch.equal(second.images, batches[3].images)
 
 
 def test_crop_batches_fill_a_token_store(numbered_dir, tmp_path):
     config = LoaderConfig(str(numbered_dir), 10, Crop(2, resize=12), seed=3)
     names = ShardSet.open(numbered_dir).class_names
     with TokenWriter(tmp_path / "store", tokens=4, codebook_size=256, class_names=names, crops=3) as writer:
-        for images, labels in crop_batches(config, 3):
+        for images, labels in crop_batches(config, crop_requests(23, 10, 3)):
             writer.append(images[:, 0].flatten(1), labels)
     store = TokenStore.open(tmp_path / "store")
     assert store.info.images == 23 and store.info.rows == 69

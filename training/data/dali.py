@@ -1,0 +1,275 @@
+"""The loader's batches by NVIDIA DALI, which decodes and cuts JPEGs on a GPU (or, without one, on its own threads).
+
+DALI neither reads nor shuffles nor draws here. It is fed with files, boxes and flips that come from the same order and
+the same `choose_cut` as those of Pillow's path, so a sample, its place in a run and what is cut out of it do not depend
+on who decodes it. Pixels do, a little: Pillow rounds and clips to 8 bits between the passes of a resize and DALI does
+not, and a GPU's inverse DCT rounds differently. Seen on CPUs, for photographs of 500 x 375 cut to 256: at most 9 of 255
+in a pixel (at hard edges), 0.15 on average, and at most 8 in an orthonormal DCT coefficient, of 255 x 256.
+
+What is no plain JPEG (see `plain_jpeg_size`) is decoded by Pillow in the worker processes and passed on as pixels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from spectralar.training.data.epochs import random_stream
+from spectralar.training.data.images import Crop, ImageError, choose_cut, decode_image, plain_jpeg_size, resized_size
+from spectralar.training.data.shard_set import ShardSet
+from spectralar.training.data.tar_index import ShardError
+from spectralar.training.data.workers import Batch, Request
+
+INSTALL = "pip install 'spectralar[cuda]'"
+
+# Batches in DALI's queue, of which one is with the model.
+_QUEUE = 3
+# More threads gain nothing, even where nothing is decoded on the GPU.
+_MOST_THREADS = 16
+
+_log = logging.getLogger("spectralar")
+
+# Those that were not closed. Worker processes forked meanwhile must never collect one: it would wait for its threads,
+# which are not there.
+_pipelines: set[Any] = set()
+
+
+class EncodedBatch(NamedTuple):
+    """Files of one batch and what to cut out of them.
+
+    Attributes:
+        files: uint8, the encoded images end to end.
+        ends: int64 `[B]`, where each ends.
+        first: float32 `[B, 2]`, row and column of the upper left corner of each box, in pixels of the encoded image.
+        last: float32 `[B, 2]`, of the lower right corner.
+        mirrored: int32 `[B]`, 1 or 0.
+        indices: int64 `[B]`, the samples.
+        by_pillow: those that were decoded already.
+    """
+
+    files: torch.Tensor
+    ends: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    mirrored: np.ndarray
+    indices: np.ndarray
+    by_pillow: list[int]
+
+
+class EncodedImages(Dataset[EncodedBatch]):
+    """Answers a request with the files of a batch and their crops."""
+
+    def __init__(self, shards: ShardSet, crop: Crop, seed: int) -> None:
+        self.shards, self.crop, self.seed = shards, crop, seed
+
+    def __getitem__(self, request: Request) -> EncodedBatch:
+        epoch, indices = request
+        files: list[bytes] = []
+        first, last = np.empty((2, len(indices), 2), np.float32)
+        mirrored = np.empty(len(indices), np.int32)
+        by_pillow: list[int] = []
+        for i, index in enumerate(indices.tolist()):
+            data, _, _ = self.shards.read(index)
+            try:
+                size = plain_jpeg_size(data)
+                if size is None:
+                    image = decode_image(data)
+                    size = image.size
+                    data = b"P6 %d %d 255\n" % size + image.tobytes()  # a portable pixmap
+                    by_pillow.append(index)
+                width, height = resized_size(*size, self.crop)
+            except ImageError as error:
+                raise ShardError(f"{self.shards.where(index)}: {error}") from error
+            random = random_stream(self.seed, "augmentation", epoch, index)
+            cut = choose_cut(width, height, self.crop, random, epoch)
+            across, down = size[0] / width, size[1] / height
+            first[i] = cut.top * down, cut.left * across
+            last[i] = cut.bottom * down, cut.right * across
+            mirrored[i] = cut.mirrored
+            files.append(data)
+        ends = np.cumsum([len(data) for data in files])
+        joined = torch.empty(int(ends[-1]), dtype=torch.uint8)
+        memory = memoryview(joined.numpy().data)
+        for data, end in zip(files, ends.tolist(), strict=True):
+            memory[end - len(data) : end] = data
+        return EncodedBatch(joined, ends, first, last, mirrored, indices, by_pillow)
+
+
+class DaliBatches:
+    """Decoded batches, in the order of the encoded ones; every iteration begins with a pipeline of its own.
+
+    Args:
+        encoded: the encoded batches of an iteration, as from worker processes.
+        shards: where they come from.
+        size: side of the squares.
+        batch: largest number of images in a batch.
+        device: where images and labels appear; on a GPU, decoding happens there.
+        hw_decoder_load: see `LoaderConfig`.
+    """
+
+    def __init__(
+        self,
+        encoded: Iterable[EncodedBatch],
+        shards: ShardSet,
+        *,
+        size: int,
+        batch: int,
+        device: torch.device,
+        hw_decoder_load: float,
+    ) -> None:
+        self.encoded, self.shards, self.size, self.batch = encoded, shards, size, batch
+        self.device, self.hw_decoder_load = device, hw_decoder_load
+        self._told = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        feed = _Feed(iter(self.encoded))
+        pipeline, process = self._pipeline(feed), os.getpid()
+        _pipelines.add(pipeline)
+        try:
+            while True:
+                stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+                try:
+                    (images,) = pipeline.run(stream)
+                except StopIteration:
+                    break
+                except RuntimeError as error:
+                    raise self._explained(feed.queued[0].indices, error) from error
+                batch = feed.queued.popleft()
+                self._tell(batch)
+                yield self._batch(images, batch, stream)
+            if feed.failure is not None:
+                raise feed.failure
+        finally:
+            if os.getpid() == process:
+                _pipelines.discard(pipeline)
+                pipeline.__del__()  # it is part of a cycle of references, and would keep its threads and memory
+            # The workers must not hang on that cycle: when it is collected, their queues are closed before they are
+            # asked to end, and torch waits seconds for each.
+            feed.close()
+
+    def _pipeline(self, feed: _Feed) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        gpu = self.device.type == "cuda"
+        pipeline = Pipeline(
+            batch_size=self.batch,
+            num_threads=_threads(),
+            device_id=self.device.index if gpu else None,
+            prefetch_queue_depth=_QUEUE,
+        )
+        with pipeline:
+            files, first, last, mirrored = fn.external_source(
+                source=feed,
+                num_outputs=4,
+                no_copy=True,
+                dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32],
+                ndim=[1, 1, 1, 0],
+            )
+            # The whole image, although only a box of it is needed: GPU decoding of a part has crashed in releases of
+            # nvImageCodec (issue 55 there).
+            images = fn.decoders.image(
+                files,
+                device="mixed" if gpu else "cpu",
+                output_type=types.RGB,
+                jpeg_fancy_upsampling=True,  # as every CPU decoder shows chroma
+                adjust_orientation=False,  # only upright images come here
+                hw_decoder_load=self.hw_decoder_load,
+            )
+            images = fn.resize(
+                images,
+                roi_start=first,
+                roi_end=last,
+                size=[self.size, self.size],
+                interp_type=types.INTERP_CUBIC,
+                antialias=True,
+            )
+            images = fn.crop_mirror_normalize(
+                images, mirror=mirrored, dtype=types.UINT8, output_layout="CHW", mean=[0.0], std=[1.0]
+            )
+            pipeline.set_outputs(images)
+        pipeline.build()
+        return pipeline
+
+    def _batch(self, images: Any, batch: EncodedBatch, stream: torch.cuda.Stream | None) -> Batch:
+        """Copies out of DALI's memory, which another batch may soon fill; the copy of a batch takes microseconds."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        size = (len(batch.indices), 3, self.size, self.size)
+        pixels = torch.empty(size, dtype=torch.uint8, device=self.device)
+        feed_ndarray(images.as_tensor(), pixels, cuda_stream=stream)
+        labels = torch.from_numpy(self.shards.labels[batch.indices])
+        if stream is not None:
+            labels = labels.pin_memory().to(self.device, non_blocking=True)
+        return Batch(pixels, labels)
+
+    def _tell(self, batch: EncodedBatch) -> None:
+        if batch.by_pillow and not self._told:
+            self._told = True
+            _log.warning(
+                "%d of the %d images of a batch, %s first, are no plain JPEGs: Pillow decodes such images in the "
+                "data workers",
+                len(batch.by_pillow),
+                len(batch.indices),
+                self.shards.where(batch.by_pillow[0]),
+            )
+
+    def _explained(self, indices: np.ndarray, error: RuntimeError) -> Exception:
+        """DALI does not say which image of a batch it failed on; Pillow may find one."""
+        for index in indices.tolist():
+            try:
+                decode_image(self.shards.read(index)[0])
+            except ImageError as reason:
+                return ShardError(f"{self.shards.where(index)}: {reason}")
+        return RuntimeError(
+            f"DALI fails on a batch with {self.shards.where(int(indices[0]))}, of which Pillow can read every image "
+            f"(backend pillow decodes with it): {error}"
+        )
+
+
+class _Feed:
+    """What DALI calls for the next batch; `queued` holds those that it has and that were not handed out."""
+
+    def __init__(self, source: Iterator[EncodedBatch]) -> None:
+        self.queued: deque[EncodedBatch] = deque()
+        self.failure: Exception | None = None
+        self._source = source
+
+    def __call__(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+        try:
+            batch = next(self._source)
+        except StopIteration:
+            raise
+        except Exception as error:  # it belongs to a batch that comes after those in the queue
+            self.failure = error
+            raise StopIteration from None
+        self.queued.append(batch)
+        # Views: DALI reads what the worker wrote, and holds on to it until it has.
+        files = np.split(batch.files.numpy(), batch.ends[:-1])
+        return files, batch.first, batch.last, batch.mirrored
+
+    def close(self) -> None:
+        self._source = iter(())
+        self.queued.clear()
+        self.failure = None
+
+
+def dali_installed() -> bool:
+    """Whether DALI can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # there is no package nvidia either
+        return False
+
+
+def _threads() -> int:
+    """This rank's share of the processors that the job may use."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MOST_THREADS, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

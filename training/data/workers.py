@@ -1,0 +1,80 @@
+"""Processes that prepare batches on request, and what they are asked for."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from spectralar.training.data.epochs import EpochOrder
+
+Request = tuple[int, np.ndarray]
+"""Epoch and sample indices of one batch."""
+
+T = TypeVar("T")
+
+
+class Batch(NamedTuple):
+    """Images uint8 `[B, 3, S, S]` and class labels int64 `[B]`."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on `device`; the copy overlaps other work where the memory is pinned."""
+        return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+
+class Requests(Sampler[Request]):
+    """Endless requests, from batch number `start`."""
+
+    def __init__(self, order: EpochOrder) -> None:
+        self.order, self.start = order, 0
+
+    def __iter__(self) -> Iterator[Request]:
+        return map(self.order.indices, itertools.count(self.start))
+
+
+def answers(
+    dataset: Dataset[T], requests: Sampler[Request] | list[Request], workers: int, *, persistent: bool, pinned: bool
+) -> DataLoader[T]:
+    """The answers of `dataset[request]` to all requests in their order, each a whole batch, by `workers` processes.
+
+    One message per batch goes between processes, and nothing is collated.
+
+    Args:
+        dataset: answers a request.
+        requests: what to ask.
+        workers: number of processes; 0 answers in this one.
+        persistent: the processes outlive an iteration.
+        pinned: tensors arrive in pinned memory where CUDA is available.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=requests,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=pinned and torch.cuda.is_available(),
+        persistent_workers=persistent and workers > 0,
+        worker_init_fn=_leave_interrupts,
+        prefetch_factor=2 if workers > 0 else None,
+        # Without a generator of its own, every start of an iteration would draw from torch's global one.
+        generator=torch.Generator(),
+    )
+
+
+def _leave_interrupts(_: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM go to a whole process group; the training process alone answers, after its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
