@@ -8,9 +8,10 @@ four times as much. No product waits for another program and no sum is taken in 
 On Hopper a grid starts while the one before it runs, up to where it needs its results (`_wait`); what it loads above
 that line no kernel of this step writes: weights, biases, modulations, the position, and keys and values of earlier
 steps. It lets the next grid start when it is past that line itself, so that one grid at most waits beside the one that
-runs: if more did, they would hold the places where programs of the next product should be spread evenly. The first grid
-starts when everything before it is done. Every program waits, or what follows could read too soon: a grid is only known
-to be done with what went before when all its programs have waited.
+runs: if more did, they would hold the places where programs of the next product should be spread evenly. Only the
+residual kernel, which is short, lets the next product start before its own wait where that is faster
+(`releases_early`). The first grid starts when everything before it is done. Every program waits, or what follows could
+read too soon: a grid is only known to be done with what went before when all its programs have waited.
 
 Shapes, dtypes and values are the callers' business. Tables: batch_config.py.
 """
@@ -19,6 +20,7 @@ Shapes, dtypes and values are the callers' business. Tables: batch_config.py.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -35,6 +37,8 @@ from .batch_config import (
     attend_tiles,
     parts,
     product_config,
+    releases_early,
+    shares,
 )
 from .reference import OPS
 from .state import DecodeState, DecodeWeights
@@ -44,15 +48,19 @@ _SMALLEST_NORM = tl.constexpr(1e-12)
 # The score of a key that is not there
 _NEVER = tl.constexpr(-1e30)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# sqrt(2 / pi) twice: tanh(u) is 2 sigmoid(2 u) - 1
-_GELU = tl.constexpr(1.5957691216057308)
+# sqrt(2 / pi)
+_GELU = tl.constexpr(0.7978845608028654)
+_GELU_CUBE = tl.constexpr(0.044715 * 0.7978845608028654)
 
 
 @triton.jit
-def _wait(EARLY: tl.constexpr):
-    # Until the grid before this one is done; the next may start now that only this one is ahead of it.
+def _wait(EARLY: tl.constexpr, RELEASE: tl.constexpr = False):
+    # Until the grid before this one is done. The next may start then, with RELEASE at once.
+    if EARLY and RELEASE:
+        tl.extra.cuda.gdc_launch_dependents()
     if EARLY:
         tl.extra.cuda.gdc_wait()
+    if EARLY and not RELEASE:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -122,6 +130,7 @@ def residual_kernel(
     W: tl.constexpr,
     BW: tl.constexpr,
     PARTS: tl.constexpr,
+    RELEASE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     # x += gate * (sum of the parts + bias), normed = modulated layer norm of x; one row
@@ -133,7 +142,7 @@ def residual_kernel(
     b_gate = tl.load(p_gate + i_row * stride_gate + o_w, mask=m_w, other=0.0).to(tl.float32)
     b_scale = tl.load(p_scale + i_row * stride_norm + o_w, mask=m_w, other=0.0).to(tl.float32)
     b_shift = tl.load(p_shift + i_row * stride_norm + o_w, mask=m_w, other=0.0).to(tl.float32)
-    _wait(EARLY)
+    _wait(EARLY, RELEASE)
     b_x = tl.load(p_x + i_t * W + o_w, mask=m_w, other=0.0)
     b_sum = tl.load(p_parts + i_t * W + o_w, mask=m_w, other=0.0).to(tl.float32)
     for i_part in tl.static_range(1, PARTS):
@@ -144,13 +153,42 @@ def residual_kernel(
 
 
 @triton.jit
+def _gelu(b_y, APPROXIMATE: tl.constexpr):
+    b_u = b_y * (_GELU + _GELU_CUBE * (b_y * b_y))
+    if APPROXIMATE:
+        # One instruction, right to 2^-11, instead of an exponential and a division.
+        b_tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [b_u], dtype=tl.float32, is_pure=True, pack=1
+        )
+        b_half = 0.5 * b_y
+        return b_half + b_half * b_tanh
+    # tanh(u) = 2 sigmoid(2 u) - 1
+    return b_y * tl.sigmoid(2.0 * b_u)
+
+
+@triton.jit
+def _bring_share(p_next, pieces, BYTES: tl.constexpr, THREADS: tl.constexpr):
+    # This program's share of `pieces` pieces of BYTES bytes comes to the second-level cache, a piece for each thread.
+    i = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    o_piece = i * THREADS + tl.arange(0, THREADS)
+    p_piece = p_next + o_piece.to(tl.int64) * (BYTES * 8 // p_next.dtype.element_ty.primitive_bitwidth)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
+        "=r,l,r,r", [p_piece.to(tl.uint64), (o_piece < pieces).to(tl.int32), BYTES], dtype=tl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def product_kernel(
     p_a,  # [T, K]
     p_weight,  # [O, K]
     p_bias,  # [O]; not read with PARTIAL
     p_out,  # [T, O]; with PARTIAL [PARTS, T, O]
+    p_next,  # the next product's weights, `pieces` pieces of SHARE bytes; not read without SHARE
     rows,
     outputs,
+    pieces,
     K: tl.constexpr,
     LENGTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -158,6 +196,8 @@ def product_kernel(
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
     PIECES: tl.constexpr,
+    SHARE: tl.constexpr,
+    THREADS: tl.constexpr,
     GELU: tl.constexpr,
     PARTIAL: tl.constexpr,
     EARLY: tl.constexpr,
@@ -184,6 +224,8 @@ def product_kernel(
                 "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
                 [p_piece.to(tl.uint64), BYTES], dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
+    if SHARE:
+        _bring_share(p_next, pieces, SHARE, THREADS)
     if not PARTIAL:
         b_bias = tl.load(p_bias + b_n).to(tl.float32)
     _wait(EARLY)
@@ -199,7 +241,8 @@ def product_kernel(
     if not PARTIAL:
         b_y += b_bias[None, :]
     if GELU:
-        b_y *= tl.sigmoid((b_y + 0.044715 * b_y * b_y * b_y) * _GELU)
+        # Only bf16 rounds more than the approximation errs.
+        b_y = _gelu(b_y, EARLY and p_out.dtype.element_ty == tl.bfloat16)
     p_tile = p_out + (i_part * rows + o_m).to(tl.int64)[:, None] * outputs + o_n[None, :]
     tl.store(p_tile, b_y.to(p_out.dtype.element_ty), mask=(o_m < rows)[:, None] & (o_n < outputs)[None, :])
 
@@ -339,18 +382,20 @@ def launch_step(weights: DecodeWeights, state: DecodeState, until: tuple[int, st
     for layer in range(w.depth):
         for op in OPS:
             if op == "qkv":
-                _product(normed, w.qkv[layer], w.qkv_bias[layer], s.qkv)
+                _product(normed, w.qkv[layer], w.qkv_bias[layer], s.qkv, w.proj[layer])
             elif op == "attend":
                 _attend(w, s, layer)
             elif op == "proj":
-                _residual(_product_parts(s.attended, w.proj[layer]), w.proj_bias[layer], s, 2 * layer, normed)
+                partial = _product_parts(s.attended, w.proj[layer], w.fc1[layer])
+                _residual(partial, w.proj_bias[layer], s, 2 * layer, normed)
             elif op == "fc1":
-                _product(normed, w.fc1[layer], w.fc1_bias[layer], s.hidden, gelu=True)
+                _product(normed, w.fc1[layer], w.fc1_bias[layer], s.hidden, w.fc2[layer], gelu=True)
             else:
-                _residual(_product_parts(s.hidden, w.fc2[layer]), w.fc2_bias[layer], s, 2 * layer + 1, normed)
+                partial = _product_parts(s.hidden, w.fc2[layer], w.qkv[layer + 1] if layer + 1 < w.depth else w.head)
+                _residual(partial, w.fc2_bias[layer], s, 2 * layer + 1, normed)
             if until == (layer, op):
                 return
-    _product(normed, w.head, w.head_bias, s.logits)
+    _product(normed, w.head, w.head_bias, s.logits, None)
 
 
 def _embed(weights: DecodeWeights, state: DecodeState, normed: Tensor) -> None:
@@ -365,20 +410,31 @@ def _embed(weights: DecodeWeights, state: DecodeState, normed: Tensor) -> None:
     )  # fmt: skip
 
 
-def _product_parts(a: Tensor, weight: Tensor) -> Tensor:
-    """Linear layer without bias, `[R, G, K]` to `[parts, R, G, O]`, to be added."""
+def _product_parts(a: Tensor, weight: Tensor, following: Tensor) -> Tensor:
+    """Linear layer without bias, `[R, G, K]` to `[parts, R, G, O]`, to be added; `following` as in `_product`."""
     rows, inner = a.shape[0] * a.shape[1], a.shape[2]
     config = product_config(rows, a.element_size(), partial=True)
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(len(weight), config.columns)
     count = parts(tiles, inner, config.step)
     dtype = a.dtype if rows >= NARROW_PARTS else torch.float32
     out = a.new_empty((count, *a.shape[:2], len(weight)), dtype=dtype)
-    _product(a, weight, None, out, count)
+    _product(a, weight, None, out, following, count)
     return out
 
 
-def _product(a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, count: int = 1, gelu: bool = False) -> None:
-    """Linear layer, `[R, G, K]` to `[R, G, O]`; without bias `count` parts of it, `[count, R, G, O]`."""
+def _product(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    following: Tensor | None,
+    count: int = 1,
+    gelu: bool = False,
+) -> None:
+    """Linear layer, `[R, G, K]` to `[R, G, O]`; without bias `count` parts of it, `[count, R, G, O]`.
+
+    `following` are the weights of the next product, if there is one.
+    """
     rows, inner, outputs = a.shape[0] * a.shape[1], a.shape[2], len(weight)
     config = product_config(rows, a.element_size(), partial=bias is None)
     length = inner // count
@@ -386,11 +442,16 @@ def _product(a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, count:
     even = length & -length
     # One piece a thread, of whole 16 bytes.
     pieces = max(1, min(32 * config.warps // config.columns, even // 8))
-    prefetches = config.prefetch and _starts_early(a.device)
-    product_kernel[(triton.cdiv(rows, config.rows), triton.cdiv(outputs, config.columns), count)](
-        a, weight, bias, out, rows, outputs,
+    grid = (triton.cdiv(rows, config.rows), triton.cdiv(outputs, config.columns), count)
+    threads = 32 * config.warps
+    prefetch = config.prefetch if _starts_early(a.device) else None
+    share = share_count = 0
+    if prefetch == "next" and following is not None:
+        share, share_count = shares(following.numel() * following.element_size(), math.prod(grid) * threads)
+    product_kernel[grid](
+        a, weight, bias, out, following, rows, outputs, share_count,
         K=inner, LENGTH=length, ROWS=config.rows, COLUMNS=config.columns, STEP=min(config.step, even),
-        STAGES=config.stages, PIECES=pieces if prefetches else 0,
+        STAGES=config.stages, PIECES=pieces if prefetch and not share else 0, SHARE=share, THREADS=threads,
         GELU=gelu, PARTIAL=bias is None, num_warps=config.warps, **_early(a.device),
     )  # fmt: skip
 
@@ -415,8 +476,8 @@ def _residual(partial: Tensor, bias: Tensor, state: DecodeState, index: int, nor
     scale, shift = _norm(state, index + 1)
     residual_kernel[(rows * group,)](
         partial, bias, gate, scale, shift, state.x, normed, rows * group, gate.stride(0), scale.stride(0),
-        G=group, W=width, BW=triton.next_power_of_2(width), PARTS=len(partial), num_warps=NORM_WARPS,
-        **_early(state.x.device),
+        G=group, W=width, BW=triton.next_power_of_2(width), PARTS=len(partial),
+        RELEASE=releases_early(rows * group), num_warps=NORM_WARPS, **_early(state.x.device),
     )  # fmt: skip
 
 

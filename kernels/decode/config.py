@@ -11,15 +11,13 @@ class StepConfig:
 
     Attributes:
         warps: warps of a program; each has 32 of every 32 x warps inputs, and all columns.
-        programs: programs of a multiprocessor.
-        columns: eights of columns that a program makes together, at most; more are done in turns.
-        ahead: tiles of weights on their way to a thread, 16 bytes each, across the barrier before an operation too.
+        ahead: tiles of weights on their way to a thread, 16 bytes each.
+        prefetch: products whose weights come to the L2 cache before a product, on Hopper; 0 for none.
     """
 
     warps: int = 8
-    programs: int = 1
-    columns: int = 8
     ahead: int = 16
+    prefetch: int = 1
 
 
 STEP = StepConfig()
@@ -27,5 +25,9 @@ STEP = StepConfig()
 # A tensor core's tile has 8 lines for rows, and 8 take the same instructions as one.
 MAX_ROWS = 8
 
-# int32 counters of the barrier, each in a cache line of its own.
+# int32 counters, each in a cache line of its own.
 COUNTERS = 64
+
+# What a mailbox's word holds before it is written. Arithmetic gives no such number: the NaN of a GPU is 0x7fffffff, or
+# 0x7fff in 16 bits.
+EMPTY = -1

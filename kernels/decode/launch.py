@@ -44,7 +44,7 @@ def launch(
             for op in range(first_op, last_op):
                 _start(weights, state, config, False, layer, layer + 1, op, op + 1, False, False, programs)
         if head:
-            _start(weights, state, config, False, 0, 0, 0, 0, True, False, programs)
+            _start(weights, state, config, False, end, end, 0, 0, True, False, programs)
 
 
 @functools.cache
@@ -52,6 +52,11 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _bulk_prefetch(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _start(
@@ -69,14 +74,16 @@ def _start(
 ) -> None:
     w, s = weights, state
     batch, group, width = s.x.shape
-    programs = programs or _multiprocessors(w.qkv.device) * config.programs
+    programs = programs or _multiprocessors(w.qkv.device)
+    prefetch = config.prefetch if sync and _bulk_prefetch(w.qkv.device) else 0
     decode_step_kernel[(programs,)](
         s.first, s.tokens, s.start, s.modulations, s.head_modulation, s.keys, s.values, s.x, s.qkv, s.attended,
         s.hidden, s.logits, w.tokens, w.positions, w.starts, w.qkv, w.qkv_bias, w.query_scale, w.proj, w.proj_bias,
-        w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.head, w.head_bias, s.barrier, begin, end,
+        w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.head, w.head_bias, s.mailboxes, s.barrier, begin,
+        end,
         IMAGES=max(1, len(s.tokens)), BATCH=batch, GROUP=group, LENGTH=w.length,
         PADDED=triton.next_power_of_2(w.length), HEADS=w.heads, D=width // w.heads, CODES=w.codes,
-        SHARED=config.columns, AHEAD=config.ahead,
+        WORDS=s.mailboxes.shape[1], AHEAD=config.ahead, PREFETCH=prefetch,
         WARPS=config.warps, PROGRAMS=programs, EMBED=embed, FIRST_OP=first_op, LAST_OP=last_op, HEAD=head, SYNC=sync,
         num_warps=config.warps, enable_fp_fusion=True,
         launch_cooperative_grid=sync,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import COUNTERS, EMPTY, MAX_ROWS
+
 
 @dataclass(frozen=True)
 class DecodeWeights:
@@ -98,7 +100,8 @@ class DecodeState:
         attended: `[R, G, W]`.
         hidden: `[R, G, 4 W]`.
         logits: `[R, G, K]` fp32.
-        barrier: `[64]` int32, counters of the persistent kernel's barrier; zero between steps.
+        mailboxes: `[2, words]` int32, the persistent kernel's, for few rows; the next set is empty between steps.
+        barrier: `[64]` int32, the persistent kernel's: which set of mailboxes is next, and how many programs are done.
     """
 
     first: Tensor
@@ -113,11 +116,12 @@ class DecodeState:
     attended: Tensor
     hidden: Tensor
     logits: Tensor
+    mailboxes: Tensor
     barrier: Tensor
 
     @staticmethod
     def allocate(weights: DecodeWeights, images: int, rows: int) -> DecodeState:
-        """Buffers for `images` images drawn by `rows` rows; nothing but `first` and `barrier` is initialised."""
+        """Buffers for `images` images drawn by `rows` rows; activations, caches and tokens are not initialised."""
         w, device, dtype = weights, weights.qkv.device, weights.qkv.dtype
         wide = torch.promote_types(dtype, torch.float32)
 
@@ -138,5 +142,14 @@ class DecodeState:
             attended=buffer(rows, w.group, w.width),
             hidden=buffer(rows, w.group, 4 * w.width),
             logits=buffer(rows, w.group, w.codes, of=wide),
-            barrier=torch.zeros(64, dtype=torch.int32, device=device),
+            mailboxes=torch.full((2, mailbox_words(w, rows)), EMPTY, dtype=torch.int32, device=device),
+            barrier=torch.zeros(COUNTERS, dtype=torch.int32, device=device),
         )
+
+
+def mailbox_words(weights: DecodeWeights, rows: int) -> int:
+    """Words of a set of mailboxes: x, qkv, x again, attended and hidden of every block, and x at the end."""
+    if rows * weights.group > MAX_ROWS:
+        return 0
+    x = rows * weights.group * weights.width
+    return weights.depth * (5 * x + 5 * x * min(4, weights.qkv.element_size()) // 4) + x

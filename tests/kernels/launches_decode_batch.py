@@ -48,8 +48,8 @@ def sample_launches(capability: int = 90) -> None:
             a, weight = (torch.zeros(size, 1024, dtype=torch.bfloat16) for size in (rows, 4096))
             # GELU needs the most registers.
             hidden = torch.empty(rows, 1, 4096, dtype=torch.bfloat16)
-            batch_kernel._product(a[:, None], weight, weight[:, 0].contiguous(), hidden, gelu=True)
-            batch_kernel._product_parts(hidden, weight.view(1024, 4096))
+            batch_kernel._product(a[:, None], weight, weight[:, 0].contiguous(), hidden, weight, gelu=True)
+            batch_kernel._product_parts(hidden, weight.view(1024, 4096), weight)
         _launch(16, 1024, 64, 1, torch.bfloat16)
         _launch(6, 1536, 256, 4, torch.float16)
         _launch(2, 128, 256, 16, torch.bfloat16)

@@ -21,6 +21,8 @@ from spectralar.kernels.decode.batch_config import (
     attend_tiles,
     parts,
     product_config,
+    releases_early,
+    shares,
 )
 from tests.kernels.launches_decode_batch import random_weights
 
@@ -144,7 +146,7 @@ def test_products_in_parts(columns: int, narrow: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(batch_kernel, "product_config", lambda rows, element_size, partial: config)
     monkeypatch.setattr(batch_kernel, "NARROW_PARTS", narrow)
     a, weight = torch.randn(3, 1, 512, dtype=torch.float16), torch.randn(20, 512, dtype=torch.float16)
-    found = batch_kernel._product_parts(a, weight)
+    found = batch_kernel._product_parts(a, weight, weight)
     assert found.shape == (2, 3, 1, 20)
     assert found.dtype == (torch.float16 if narrow == 3 else torch.float32)
     exact = a.double().view(3, 1, 2, 256).movedim(2, 0) @ weight.double().view(20, 2, 256).permute(1, 2, 0)[:, None]
@@ -172,10 +174,20 @@ def test_tables() -> None:
     assert [attend_heads(heads) for heads in (1, 6, 16, 20)] == [1, 2, 4, 4]
     assert [attend_slots(channels) for channels in (16, 64, 128)] == [16, 4, 2]
     assert [attend_tiles(rows) for rows in (1, 128, 129)] == [4, 4, 2]
+    assert [releases_early(rows) for rows in (16, 17, 128, 129)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("size", [96, 128, 129, 65 * 128 * 2, 1536 * 1536 * 2, 4096 * 1024 * 2])
+@pytest.mark.parametrize("threads", [1, 128, 96 * 128])
+def test_pieces_of_the_next_weights(size: int, threads: int) -> None:
+    # One for each thread at most, none past the end, and less than one missing; requests are multiples of 16 bytes.
+    piece, count = shares(size, threads)
+    assert piece % 16 == 0 and count <= threads
+    assert 0 <= size - count * piece < piece
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("images", [4, 33, 64, 300])
+@pytest.mark.parametrize("images", [4, 31, 33, 64, 300])
 @pytest.mark.parametrize("group", [1, 4])
 def test_large_steps_on_a_gpu(images: int, group: int) -> None:
     weights = random_weights(2, 1024, 16, 64, group, 4096, torch.bfloat16, "cuda")
@@ -195,7 +207,7 @@ def test_widths_and_types_on_a_gpu(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("images", [4, 64, 256])
+@pytest.mark.parametrize("images", [4, 32, 64, 256])
 def test_replayed_steps_are_the_same_to_the_bit(images: int) -> None:
     weights = random_weights(4, 1024, 16, 64, 1, 4096, torch.bfloat16, "cuda")
     state = random_state(weights, images, 8, device="cuda")

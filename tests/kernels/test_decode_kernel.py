@@ -60,6 +60,8 @@ def widened(instance: Any) -> Any:
 def assert_within_budget(found: DecodeState, plain: DecodeState, exact: DecodeState, place: object) -> None:
     """Every buffer is off by at most twice what plain PyTorch is, and some rounding; the same cells are written."""
     for field in fields(found):
+        if field.name in ("mailboxes", "barrier"):
+            continue
         ours, theirs, right = (getattr(s, field.name) for s in (found, plain, exact))
         if not ours.is_floating_point():
             assert torch.equal(ours, theirs), f"{place}: {field.name} changed"
@@ -108,8 +110,8 @@ def test_several_images(images: int, rows: int, first: int) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        StepConfig(warps=2, columns=3, ahead=1),  # several turns, and weights asked for one tile before
-        StepConfig(warps=4, ahead=100),  # all weights at once
+        StepConfig(warps=2, ahead=1),  # weights asked for one tile before
+        StepConfig(warps=4, ahead=100),  # the weights of more than a block at once
     ],
 )
 def test_every_launch(config: StepConfig) -> None:
@@ -140,6 +142,8 @@ def test_a_row_depends_on_nothing_else() -> None:
     state = random_state(weights, 2, 4, 2)
     for field in fields(alone):
         part, whole = getattr(alone, field.name), getattr(state, field.name)
+        if field.name in ("mailboxes", "barrier"):
+            continue
         if field.name in ("modulations", "keys", "values"):
             part.copy_(whole[:, ::2])
         elif whole.shape != part.shape:
