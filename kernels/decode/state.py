@@ -129,6 +129,7 @@ class DecodeState:
             return torch.empty(shape, dtype=of, device=device)
 
         cache = (w.depth, rows, w.heads, w.length, w.width // w.heads)
+        words = mailbox_words(w.depth, w.width, rows * w.group, dtype)
         return DecodeState(
             first=torch.zeros((), dtype=torch.int64, device=device),
             tokens=buffer(images, w.length, of=torch.int64),
@@ -142,14 +143,21 @@ class DecodeState:
             attended=buffer(rows, w.group, w.width),
             hidden=buffer(rows, w.group, 4 * w.width),
             logits=buffer(rows, w.group, w.codes, of=wide),
-            mailboxes=torch.full((2, mailbox_words(w, rows)), EMPTY, dtype=torch.int32, device=device),
+            mailboxes=torch.full((2, words), EMPTY, dtype=torch.int32, device=device),
             barrier=torch.zeros(COUNTERS, dtype=torch.int32, device=device),
         )
 
 
-def mailbox_words(weights: DecodeWeights, rows: int) -> int:
-    """Words of a set of mailboxes: x, qkv, x again, attended and hidden of every block, and x at the end."""
-    if rows * weights.group > MAX_ROWS:
+def mailbox_words(depth: int, width: int, tokens: int, dtype: torch.dtype) -> int:
+    """Words of a set of mailboxes: x, qkv, x again, attended and hidden of every block, and x at the end.
+
+    Args:
+        depth: number of blocks.
+        width: channels.
+        tokens: rows times tokens of a group; more than `config.MAX_ROWS` need no mailboxes.
+        dtype: of the weights.
+    """
+    if tokens > MAX_ROWS:
         return 0
-    x = rows * weights.group * weights.width
-    return weights.depth * (5 * x + 5 * x * min(4, weights.qkv.element_size()) // 4) + x
+    x = tokens * width
+    return depth * (5 * x + 5 * x * min(4, dtype.itemsize) // 4) + x

@@ -13,6 +13,7 @@ from spectralar.config import GeneratorConfig
 from spectralar.generator import SpectralGenerator
 from spectralar.generator.model import Block
 from spectralar.kernels.decode import DecodeState, DecodeWeights
+from spectralar.kernels.decode.state import mailbox_words
 
 
 @torch.no_grad()
@@ -122,5 +123,6 @@ def memory_needed(config: GeneratorConfig, images: int, guided: bool, dtype: tor
     # The plain twin of the attention copies the keys and values of a block, once or twice each.
     copies = 3 * config.tokens * width
     buffers = rows * ((of_a_class + cache + activations) * size + (between_blocks + copies) * wide)
+    mailboxes = 2 * 4 * mailbox_words(depth, width, rows * group, dtype)
     numbers = 8 * (images * (config.tokens + 1) + rows + config.steps + 2)
-    return Memory(weights, buffers + numbers + _ROUNDING)
+    return Memory(weights, buffers + mailboxes + numbers + _ROUNDING)
