@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types clean
+.PHONY: help demo test gpu lint types clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -21,6 +21,12 @@ demo: $(VENV)/.installed-demo ## set up, then run `spectralar demo`
 test: lint types ## set up, then lint, types and tests
 	@echo "== tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup --quiet
+
+gpu: $(VENV)/.installed-dev ## tests that need a GPU, a process for each file; then compute-sanitizer on small cases
+	@grep -rl 'mark\.gpu' tests --include='test_*.py' | OMP_NUM_THREADS=1 xargs -n 1 -P 4 $(BIN)/python -m pytest -m gpu -q
+	@$(BIN)/python -m tests.kernels.small
+	@for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m tests.kernels.small || exit 1; done
 
 lint: $(VENV)/.installed-dev ## style and format (ruff)
 	@echo "== lint"
