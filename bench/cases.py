@@ -228,7 +228,7 @@ def measure(
             samplers[peer.name] = prepare(call, sets, device, capture=peer.capture, first_call=first_call)
             rivals.append(Rival(peer.name, peer.role, peer_error))
         except Exception as failure:  # a stranger's code may raise anything
-            rivals.append(Rival(peer.name, peer.role, reason=_first_line(failure)))
+            rivals.append(Rival(peer.name, peer.role, reason=first_line(failure)))
     timings = take_turns(samplers, seconds)
     done = tuple(Rival(r.name, r.role, r.error, timings.get(r.name), r.reason) for r in rivals)
     return Measurement(case, error, timings["spectralar"], done, floor, ceiling)
@@ -253,6 +253,7 @@ def select(cases: Sequence[Case], wanted: Sequence[str]) -> list[Case]:
     return [case for case in cases if not wanted or any(chosen(case, text) for text in wanted)]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__

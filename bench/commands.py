@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from spectralar.bench.report import print_ceilings, print_measurement
 from spectralar.bench.sampler import BATCHES, PRESETS, sampling_cases
 from spectralar.bench.sampler_measure import SamplingMeasurement, measure_sampling
 from spectralar.bench.sampler_report import draw_latency, print_case, print_sampling, summary_of
+from spectralar.bench.timing import release
 from spectralar.bench.training import CASES as TRAINING_CASES
 from spectralar.bench.training import TrainingCase
 from spectralar.bench.training_measure import TrainingMeasurement, measure_training
@@ -292,6 +292,4 @@ def _release(device: torch.device) -> None:
     # Captured graphs hold their memory, and the next case may need all of it. A compiler that has seen one function
     # with too many shapes gives up on it without a word.
     torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release(device)

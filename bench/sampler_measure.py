@@ -6,19 +6,18 @@ waits for, host and all. The weights of one step are many times as large as any 
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from spectralar.bench.cases import Measurement, Missing, Peer, Rival
+from spectralar.bench.cases import Measurement, Missing, Peer, Rival, first_line
 from spectralar.bench.ceilings import Ceilings
 from spectralar.bench.sampler import SamplingCase, draws
 from spectralar.bench.sampler_split import Part, split_by_kernel, split_by_operation
 from spectralar.bench.sampler_truth import Drawn, Judge, Verdict
-from spectralar.bench.timing import Call, Inputs, Sampler, run_once, summarize
+from spectralar.bench.timing import Call, Inputs, Sampler, release, run_once, summarize
 from spectralar.sampling import memory_needed
 from spectralar.sampling.captured import bucket
 
@@ -117,13 +116,6 @@ def latency(call: Call, inputs: Inputs, device: torch.device, first_call: float)
     return Sampler(sample, sample(), 1, "clock", first_call, held=(call, inputs))
 
 
-def release(device: torch.device) -> None:
-    """Gives memory back that nothing holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _rival(
     peer: Peer,
     judge: Judge,
@@ -155,8 +147,7 @@ def _rival(
             # A recording that fails can leave its own stream behind as the current one.
             torch.cuda.set_stream(stream)
             torch.cuda.synchronize(device)
-        lines = str(failure).strip().splitlines()
-        return Rival(peer.name, peer.role, reason=f"{type(failure).__name__}: {lines[0][:120] if lines else ''}")
+        return Rival(peer.name, peer.role, reason=first_line(failure))
 
 
 def _rounds(once: float, seconds: float) -> int:

@@ -10,6 +10,7 @@ On a CPU the same functions use the wall clock.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -229,6 +230,13 @@ def _copy(inputs: Inputs) -> Inputs:
         return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
 
     return tuple(copy(x) for x in inputs)
+
+
+def release(device: torch.device) -> None:
+    """Gives memory back that nothing holds any more; cycles of references too, as a recorded step is part of one."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -7,7 +7,6 @@ built, judged, warmed up, timed over many steps, and given back.
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spectralar.bench.cases import Measurement, Missing, Peer, Rival
+from spectralar.bench.cases import Measurement, Missing, Peer, Rival, first_line
 from spectralar.bench.ceilings import Ceilings
 from spectralar.bench.peers.training import PlainStep
 from spectralar.bench.sampler_split import Part, split_by_kernel
-from spectralar.bench.timing import Sampler, Timing, summarize
+from spectralar.bench.timing import Sampler, Timing, release, summarize
 from spectralar.bench.training import Settings, TrainingCase
 from spectralar.bench.training_truth import Judge, Verdict, gradients_of
 from spectralar.training.distributed import ALONE, Ranks
@@ -240,7 +239,7 @@ def _variant(
     except RuntimeError as failure:  # one that is out of memory says nothing of the others
         if stream is not None:
             torch.cuda.set_stream(stream)  # a recording that fails can leave its own as the current one
-        return Variant(settings, reason=_first_line(failure)), (), ()
+        return Variant(settings, reason=first_line(failure)), (), ()
 
 
 def _rival(
@@ -256,14 +255,12 @@ def _rival(
         timing = time_steps(lambda: step(inputs), seconds, device, verdict.first_call)
         return Rival(peer.name, peer.role, verdict.error, timing), _most(device)
     except RuntimeError as failure:
-        return Rival(peer.name, peer.role, reason=_first_line(failure)), None
+        return Rival(peer.name, peer.role, reason=first_line(failure)), None
 
 
 def _release(device: torch.device) -> None:
-    # A trainer and its captured step hold each other, so only the collector frees them.
-    gc.collect()
+    release(device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -274,8 +271,3 @@ def _most(device: torch.device) -> int | None:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _first_line(failure: Exception) -> str:
-    lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[0][:160] if lines else ''}"

@@ -62,15 +62,8 @@ def spectral_targets(
 
 def spectral_mse(prediction: Tensor, images: Tensor, cutoffs: int | Sequence[int] | Tensor) -> Tensor:
     # [B, C, H, W] twice -> []
-    loss, _ = spectral_mse_and_gradient(prediction, images, cutoffs)
-    return loss
-
-
-def spectral_mse_and_gradient(
-    prediction: Tensor, images: Tensor, cutoffs: int | Sequence[int] | Tensor
-) -> tuple[Tensor, Tensor]:
-    # [B, C, H, W] twice -> [], [B, C, H, W]
-    return mse_and_gradient(prediction, spectral_targets(images, cutoffs, out_dtype=work_dtype(prediction, images)))
+    targets = spectral_targets(images, cutoffs, out_dtype=work_dtype(prediction, images))
+    return mse_and_gradient(prediction, targets)[0]
 
 
 def mse_and_gradient(prediction: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

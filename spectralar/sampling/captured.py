@@ -154,9 +154,9 @@ class _Batch:
         steps, scales = weights.length // weights.group, self.state.logits.dtype
         places = (rows, images, 1, -(-steps * scales.itemsize // 8))
         self._numbers = torch.zeros(sum(places), dtype=torch.int64, device=device)
-        self._rows, self._seeds, given, bits = self._numbers.split(places)
+        self._rows, self._seeds, given, self._bits = self._numbers.split(places)
         self._rows.fill_(self._no_class)
-        self._given, self._scales = given[0], bits.view(scales)[:steps].fill_(1)
+        self._given, self._scales = given[0], self._bits.view(scales)[:steps].fill_(1)
         self._begin = Recording(lambda: begin(tables, self.state, self._rows), device)
         self._recorded: dict[tuple[SamplingSettings, int], Recording] = {}
 
@@ -164,7 +164,7 @@ class _Batch:
         """Fills in the images of one generation and goes to its start."""
         rows = F.pad(classes, (0, len(self._rows) - len(classes)), value=self._no_class)
         given = torch.tensor([prefix.shape[1]])
-        bits = torch.zeros(len(self._numbers) - len(rows) - len(self._seeds) - 1, dtype=torch.int64)
+        bits = torch.zeros(len(self._bits), dtype=torch.int64)
         bits.view(self._scales.dtype)[: len(scales)] = torch.tensor(scales, dtype=self._scales.dtype)
         self._numbers.copy_(torch.cat([rows, F.pad(seeds, (0, len(self._seeds) - len(seeds))), given, bits]))
         if prefix.numel():
