@@ -1,6 +1,10 @@
-"""Which device a name means on this machine."""
+"""Which device a name means on this machine, and what recording a CUDA graph asks of Python."""
 
 from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,3 +24,20 @@ def auto_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch sees no GPU; use auto or cpu")
     return device
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Collects garbage before and not during the block.
+
+    Who records a CUDA graph needs it: trainers and samplers are in reference cycles with their graphs, so the collector may
+    come upon an old one at any time, and its memory cannot be given back while another one is recorded.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from spectralar.devices import no_collection
 
 Step = Callable[[list[Tensor]], dict[str, Tensor]]
 
@@ -41,7 +41,7 @@ class CapturedStep:
             return self._on_side_stream()
         if self._calls == _WARMUP + 1:
             # Other threads (the loader's) may use CUDA meanwhile, so only this one is watched.
-            with _no_collection(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with no_collection(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._outputs = self._step(self._inputs)
         self._graph.replay()
         return self._outputs
@@ -53,20 +53,3 @@ class CapturedStep:
             outputs = self._step(self._inputs)
         torch.cuda.current_stream().wait_stream(side)
         return outputs
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Collects garbage before and not during the block.
-
-    Trainers and their graphs are in reference cycles: the collector may come upon the graph of an earlier run at any
-    time, and its memory cannot be given back while another one is recorded.
-    """
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

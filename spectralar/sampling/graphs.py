@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from spectralar.devices import no_collection
+
 Held = TypeVar("Held")
 
 
@@ -34,7 +36,7 @@ class Recording:
             with torch.cuda.stream(side):
                 work()
             # Other threads may use CUDA meanwhile, so only this one is watched.
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            with no_collection(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 work()
             here.wait_stream(side)
         self._graph = graph
