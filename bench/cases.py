@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import torch
 
@@ -73,6 +73,16 @@ class Case(ABC):
     condition: Condition | None = None
 
     @property
+    def weight(self) -> float:
+        """Its share of a run's time, beside 1 for most."""
+        return 1.0
+
+    @property
+    def costs(self) -> str:
+        """What the floor is made of, in words, where a case takes so long that it is announced."""
+        return ""
+
+    @property
     @abstractmethod
     def name(self) -> str:
         """Operation, shape, dtypes and options."""
@@ -111,6 +121,9 @@ class Case(ABC):
     @abstractmethod
     def peers(self, device: torch.device) -> tuple[Peer, ...]:
         """Who else computes the case on a device; nothing is set up yet."""
+
+
+C = TypeVar("C", bound=Case)
 
 
 @dataclass(frozen=True)
@@ -234,7 +247,7 @@ def measure(
     return Measurement(case, error, timings["spectralar"], done, floor, ceiling)
 
 
-def select(cases: Sequence[Case], wanted: Sequence[str]) -> list[Case]:
+def select(cases: Sequence[C], wanted: Sequence[str], targets_only: bool = False) -> list[C]:
     """The cases of the given targets, and those whose name holds one of the given texts; all for none.
 
     Raises:
@@ -242,7 +255,7 @@ def select(cases: Sequence[Case], wanted: Sequence[str]) -> list[Case]:
     """
     targets = {case.target for case in cases}
 
-    def chosen(case: Case, text: str) -> bool:
+    def chosen(case: C, text: str) -> bool:
         # "P3" is the target and not a part of "fp32".
         return case.target == text.upper() if text.upper() in targets else text.lower() in case.name.lower()
 
@@ -250,7 +263,8 @@ def select(cases: Sequence[Case], wanted: Sequence[str]) -> list[Case]:
         if not any(chosen(case, text) for case in cases):
             names = "; ".join(case.name for case in cases)
             raise ValueError(f"cases must be targets or parts of names, got {text!r}; names: {names}")
-    return [case for case in cases if not wanted or any(chosen(case, text) for text in wanted)]
+    kept = [case for case in cases if not wanted or any(chosen(case, text) for text in wanted)]
+    return [case for case in kept if case.target or not targets_only]
 
 
 def first_line(error: Exception) -> str:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 
 from spectralar.bench import kernels_attention, kernels_dct, kernels_vq
 from spectralar.bench.cases import Case, Measurement, measure, select
-from spectralar.bench.ceilings import measure_ceilings
+from spectralar.bench.frame import Run
 from spectralar.bench.plots import SWEEPS, draw, measure_sweep
-from spectralar.bench.record import RESULTS, append, line_of, provenance
-from spectralar.bench.report import print_ceilings, print_measurement
-from spectralar.bench.sampler import BATCHES, PRESETS, sampling_cases
+from spectralar.bench.report import print_measurement, targets_met
+from spectralar.bench.sampler import BATCHES, PRESETS, SamplingCase, sampling_cases, with_curve
+from spectralar.bench.sampler_ahead import compile_ahead
 from spectralar.bench.sampler_measure import SamplingMeasurement, measure_sampling
-from spectralar.bench.sampler_report import draw_latency, print_case, print_sampling, summary_of
-from spectralar.bench.timing import release
+from spectralar.bench.sampler_plot import draw_latency
+from spectralar.bench.sampler_report import print_sampling
+from spectralar.bench.sampler_report import summary_of as summary_of_sampler
 from spectralar.bench.training import CASES as TRAINING_CASES
 from spectralar.bench.training import TrainingCase
 from spectralar.bench.training_measure import TrainingMeasurement, measure_training
 from spectralar.bench.training_ranks import ScalingCase, measure_scaling, scaling_cases, summary_of_scaling, told
-from spectralar.bench.training_report import print_case as print_training_case
 from spectralar.bench.training_report import print_training
 from spectralar.bench.training_report import summary_of as summary_of_training
 from spectralar.devices import auto_device
@@ -32,9 +31,8 @@ from spectralar.sampling import BackendName
 
 CASES: tuple[Case, ...] = (*kernels_dct.CASES, *kernels_vq.CASES, *kernels_attention.CASES)
 
-
-class WrongResultError(RuntimeError):
-    """A result was outside of its error budget."""
+# Of the time of a run; what is not compiled by then is compiled where it is needed.
+_AHEAD = 0.4
 
 
 def bench_kernels_command(
@@ -62,57 +60,37 @@ def bench_kernels_command(
         device: auto, cpu or cuda.
         commit: recorded with the results where git can't be asked.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds must be positive, got {seconds}")
-    started = time.monotonic()
-    place = auto_device(device)
-    on_gpu = place.type == "cuda"
-    chosen = sorted(select(CASES, cases), key=lambda case: case.target is None)
-    if quick:
-        chosen = [case for case in chosen if case.target]
-    if not on_gpu:
-        chosen = [case.small() for case in chosen]
-    console = Console()
-    # The columns need this much; a narrower terminal breaks the lines itself.
-    console.width = max(console.width, 150)
-    origin = provenance(place, commit)
+    wanted = sorted(select(CASES, cases, targets_only=quick), key=lambda case: case.target is None)
+    run = Run("kernels", device, seconds, out, commit)
+    chosen = run.suited(wanted)
     # Most of the time goes into inputs, compilation and warm-up; a third of it is left for the rounds themselves.
     share = seconds / 3 / max(1, len(chosen))
-    ceilings = measure_ceilings(place, min(2.0, seconds / 10))
-    print_ceilings(ceilings, origin, place, console)
-    done: list[Measurement] = []
-    left_out: list[str] = []
-    for case in chosen:
-        if time.monotonic() - started > seconds:
-            left_out.append(case.name)
-            continue
-        done.append(measure(case, place, ceilings, share, compiled=on_gpu and case.target is not None and not quick))
-        print_measurement(done[-1], console)
-        _release(place)
-    if left_out:
-        console.print(f"left out after {seconds:g} s: {'; '.join(left_out)}", highlight=False, soft_wrap=True)
-    swept: list[Measurement] = []
+
+    def measured(case: Case, _: float) -> Measurement:
+        compiled = run.on_gpu and case.target is not None and not quick
+        return measure(case, run.device, run.ceilings, share, compiled=compiled)
+
+    done = run.measure(chosen, measured, lambda m: print_measurement(m, run.console))
     if plot is not None:
-        panels = [(sweep, measure_sweep(sweep, place, ceilings, share)) for sweep in SWEEPS]
-        swept = [m for _, points in panels for m in points]
-        draw(panels, origin, plot)
-    path = out or (RESULTS / "kernels.jsonl" if on_gpu and RESULTS.is_dir() else None)
-    if path is not None:
-        append([line_of(m, origin) for m in (*done, *swept)], path)
-    wrong = [m.case.name for m in (*done, *swept) if not m.right]
-    print(json.dumps(_summary(done, left_out, wrong) | {"out": path and str(path), "plot": plot and str(plot)}))
-    if wrong:
-        raise WrongResultError(f"wrong results: {'; '.join(wrong)}")
+        panels = [(sweep, measure_sweep(sweep, run.device, run.ceilings, share)) for sweep in SWEEPS]
+        draw(panels, run.origin, plot)
+        for _, points in panels:
+            for m in points:
+                run.record(m)
+    times = {m.case.name: round(1e3 * m.ours.median, 5) for m in done if m.ours}
+    run.close(len(done), {"met": targets_met(done), "median_ms": times}, plot=plot)
 
 
 def bench_sampler_command(
+    cases: tuple[str, ...] = (),
     presets: tuple[str, ...] = PRESETS,
     batches: tuple[int, ...] = BATCHES,
     backend: BackendName = "auto",
     quick: bool = False,
-    seconds: float = 120,
+    seconds: float = 240,
     out: Path | None = None,
     plot: Path | None = None,
+    lines: Path | None = None,
     device: str = "auto",
     commit: str = "",
 ) -> None:
@@ -123,67 +101,41 @@ def bench_sampler_command(
     output is one JSON object. On a CPU the models are tiny and the figures are no measure of any target.
 
     Args:
+        cases: parts of names or targets, such as P6 or vqgan, of the cases that presets and batches make; all of them
+            unless given.
         presets: of the generator; pixels are measured for the first, and for the targets.
         batches: images at once, 1 to 1024.
         backend: of our sampler: auto, reference, graph or fused.
         quick: only the cases of the targets, without the peer that needs torch.compile.
-        seconds: about how long the whole may take; the cases of the targets come first, and what does not fit is
-            left out and named.
+        seconds: how long the whole may take, compiling included; the cases of the targets come first, one peer of each
+            at least, and what does not fit is left out and named.
         out: file to append the results to; on a GPU bench/results/sampler.jsonl of the checkout unless given.
-        plot: draw latency against batch into this file.
+        plot: also measure the first preset's tokens at 1 to 256 images, shortly and without peers, and draw latency
+            against batch into this file.
+        lines: with plot: measure nothing and draw what a file of results says.
         device: auto, cpu or cuda.
         commit: recorded with the results where git can't be asked.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds must be positive, got {seconds}")
-    started = time.monotonic()
-    place = auto_device(device)
-    on_gpu = place.type == "cuda"
-    chosen = sampling_cases(presets, batches, backend)
-    if quick:
-        chosen = [case for case in chosen if case.target]
-    if not on_gpu:
-        # Several batches may become the same small one.
-        chosen = list(dict.fromkeys(case.small() for case in chosen))
-    console = Console()
-    console.width = max(console.width, 150)
-    origin = provenance(place, commit)
-    ceilings = measure_ceilings(place, min(2.0, seconds / 10))
-    print_ceilings(ceilings, origin, place, console)
-    path = out or (RESULTS / "sampler.jsonl" if on_gpu and RESULTS.is_dir() else None)
-    done: list[SamplingMeasurement] = []
-    left_out: list[str] = []
-    failed: list[str] = []
-    # Most of the time goes into models, recording and judging.
-    share = seconds / 4 / max(1, len(chosen))
-    for case in chosen:
-        left = seconds - (time.monotonic() - started)
-        if left < 0:
-            left_out.append(case.name)
-            continue
-        print_case(case, ceilings, console)
-        try:
-            m = measure_sampling(case, place, ceilings, share, compiled=not quick and left > seconds / 2)
-        except (RuntimeError, ValueError) as failure:
-            # One batch that does not fit says nothing of the others.
-            failed.append(case.name)
-            console.print(f"  failed: {failure}", highlight=False, soft_wrap=True, markup=False)
-        else:
-            done.append(m)
-            print_sampling(m, ceilings, console)
-            if path is not None:
-                append([line_of(m, origin)], path)
-        _release(place)
-    if left_out:
-        console.print(f"left out after {seconds:g} s: {'; '.join(left_out)}", highlight=False, soft_wrap=True)
-    if plot is not None and not draw_latency(done, origin, plot):
-        console.print("no picture: nothing was measured that it shows")
+    if lines is not None:
+        _draw_lines(lines, plot)
+        return
+    wanted = select(sampling_cases(presets, batches, backend), cases, targets_only=quick)
+    if plot is not None:
+        wanted = with_curve(wanted, presets[0], backend)
+    run = Run("sampler", device, seconds, out, commit)
+    chosen = run.suited(wanted)
+    slow = _compiled_ahead(run, chosen) if run.on_gpu and len(chosen) > 1 and backend in ("auto", "fused") else set()
+
+    def measured(case: SamplingCase, share: float) -> SamplingMeasurement:
+        return measure_sampling(
+            case, run.device, run.ceilings, share, compiled=not quick and run.early, operations=case.name not in slow
+        )
+
+    done = run.measure(chosen, measured, lambda m: print_sampling(m, run.ceilings, run.console))
+    if plot is not None and not draw_latency(run.lines, plot, run.ceilings):
+        run.console.print("no picture: nothing was measured that it shows")
         plot = None
-    wrong = [m.case.name for m in done if not m.right]
-    told = {"bench": "sampler", "cases": len(done), "wrong": wrong, "failed": failed, "left_out": left_out}
-    print(json.dumps(told | summary_of(done) | {"out": path and str(path), "plot": plot and str(plot)}))
-    if wrong or failed:
-        raise WrongResultError(f"wrong results: {'; '.join(wrong) or 'none'}; failed: {'; '.join(failed) or 'none'}")
+    run.close(len(done), summary_of_sampler(done), plot=plot)
 
 
 def bench_training_command(
@@ -212,84 +164,46 @@ def bench_training_command(
         device: auto, cpu or cuda.
         commit: recorded with the results where git can't be asked.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds must be positive, got {seconds}")
-    started = time.monotonic()
-    place = auto_device(device)
-    on_gpu = place.type == "cuda"
-    most = torch.cuda.device_count() if on_gpu else 8
+    most = torch.cuda.device_count() if auto_device(device).type == "cuda" else 8
     if not 1 <= ranks <= most:
         raise ValueError(f"ranks must be 1..{most}, not {ranks}")
-    everything: list[TrainingCase] = list(TRAINING_CASES) if ranks == 1 else list(scaling_cases(ranks))
-    chosen = [case for case in select(everything, cases) if isinstance(case, TrainingCase)]
-    if quick:
-        chosen = [case for case in chosen if case.target]
-    if not on_gpu:
-        chosen = list(dict.fromkeys(case.small() for case in chosen))
-    console = Console()
-    console.width = max(console.width, 150)
-    origin = provenance(place, commit)
-    ceilings = measure_ceilings(place, min(2.0, seconds / 10))
-    print_ceilings(ceilings, origin, place, console)
-    path = out or (RESULTS / "training.jsonl" if on_gpu and RESULTS.is_dir() else None)
-    done: list[TrainingMeasurement] = []
-    scaled: list[Measurement] = []
-    left_out: list[str] = []
-    failed: list[str] = []
+    everything: Sequence[TrainingCase] = TRAINING_CASES if ranks == 1 else scaling_cases(ranks)
+    wanted = select(everything, cases, targets_only=quick)
+    run = Run("training", device, seconds, out, commit)
+    chosen = run.suited(wanted)
     # Most of the time goes into models, judging and compiling.
     share = min(4.0, seconds / 20 / max(1, len(chosen)))
-    for case in chosen:
-        left = seconds - (time.monotonic() - started)
-        if left < 0:
-            left_out.append(case.name)
-            continue
-        print_training_case(case, ceilings, console)
-        _release(place)
-        try:
-            m: Measurement
-            if isinstance(case, ScalingCase):
-                m = measure_scaling(case, place, share)
-                scaled.append(m)
-                console.print(f"  {told(m)}", highlight=False)
-            else:
-                m = measure_training(case, place, ceilings, share, compiled=not quick and left > seconds / 2)
-                done.append(m)
-                print_training(m, ceilings, console)
-        except (RuntimeError, ValueError) as failure:
-            failed.append(case.name)
-            console.print(f"  failed: {failure}", highlight=False, soft_wrap=True, markup=False)
+
+    def measured(case: TrainingCase, _: float) -> Measurement:
+        if isinstance(case, ScalingCase):
+            return measure_scaling(case, run.device, share)
+        return measure_training(case, run.device, run.ceilings, share, compiled=not quick and run.early)
+
+    def show(m: Measurement) -> None:
+        if isinstance(m, TrainingMeasurement):
+            print_training(m, run.ceilings, run.console)
         else:
-            if path is not None:
-                append([line_of(m, origin)], path)
-    _release(place)
-    if left_out:
-        console.print(f"left out after {seconds:g} s: {'; '.join(left_out)}", highlight=False, soft_wrap=True)
-    wrong = [m.case.name for m in (*done, *scaled) if not m.right]
-    report = {"bench": "training", "cases": len(done) + len(scaled), "wrong": wrong, "failed": failed}
-    summary = summary_of_training(done) if ranks == 1 else summary_of_scaling(scaled)
-    print(json.dumps(report | {"left_out": left_out} | summary | {"out": path and str(path)}))
-    if wrong or failed:
-        raise WrongResultError(f"wrong results: {'; '.join(wrong) or 'none'}; failed: {'; '.join(failed) or 'none'}")
+            run.console.print(f"  {told(m)}", highlight=False)
+
+    done = run.measure(chosen, measured, show)
+    trained = [m for m in done if isinstance(m, TrainingMeasurement)]
+    run.close(len(done), summary_of_training(trained) if ranks == 1 else summary_of_scaling(done))
 
 
-def _summary(done: list[Measurement], left_out: list[str], wrong: list[str]) -> dict[str, Any]:
-    targets: dict[str, bool] = {}
-    for m in done:
-        if m.case.target and m.met is not None:
-            # A target with several cases is met when all of them are.
-            targets[m.case.target] = targets.get(m.case.target, True) and m.met
-    return {
-        "bench": "kernels",
-        "cases": len(done),
-        "wrong": wrong,
-        "left_out": left_out,
-        "met": targets,
-        "median_ms": {m.case.name: round(1e3 * m.ours.median, 5) for m in done if m.ours},
-    }
+def _compiled_ahead(run: Run, cases: Sequence[SamplingCase]) -> set[str]:
+    """Compiles and says so; gives the names of cases whose operations would be compiled one after the other."""
+    began = time.monotonic()
+    missed = compile_ahead(cases, run.device, _AHEAD * run.left)
+    told = f"compiled ahead in {time.monotonic() - began:.0f} s"
+    reasons = "; ".join(f"{job.what} of {job.case.name}: {reason}" for job, reason in missed.items())
+    run.console.print(f"{told}, but not {reasons}" if reasons else told, highlight=False, soft_wrap=True, markup=False)
+    return {job.case.name for job in missed if job.of_operation}
 
 
-def _release(device: torch.device) -> None:
-    # Captured graphs hold their memory, and the next case may need all of it. A compiler that has seen one function
-    # with too many shapes gives up on it without a word.
-    torch.compiler.reset()
-    release(device)
+def _draw_lines(lines: Path, plot: Path | None) -> None:
+    if plot is None:
+        raise ValueError("lines must come with plot, the file to draw them into")
+    recorded = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    if not draw_latency(recorded, plot):
+        raise ValueError(f"lines must hold a time of class -> tokens, and {lines} has none")
+    print(json.dumps({"bench": "sampler", "lines": str(lines), "plot": str(plot)}))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Self, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self, TypeVar, cast, get_args
 
 import torch
 
@@ -23,6 +24,8 @@ Pixels = Literal["none", "direct", "vqgan"]
 
 PRESETS = ("d16", "d16-p4", "d20", "d24", "d30")
 BATCHES = (1, 8, 64, 256)
+CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Batches of a picture of the latency."""
 
 SETTINGS = SamplingSettings(guidance=2.5, guidance_schedule="ramp", top_k=900, top_p=0.95)
 """Guidance and both filters, as VAR draws its pictures: nothing that a user switches on is left out of the time."""
@@ -47,6 +50,7 @@ class SamplingCase(Case):
         pixels: the tokenizer's pixel head, or "none" for the tokens alone. Its transformers are of size base.
         backend: of the sampler that is ours.
         aim: what the target asks for beyond its condition.
+        brief: a point of a curve, measured shortly and against nobody.
         tiny: models in a size for a CPU.
     """
 
@@ -55,6 +59,7 @@ class SamplingCase(Case):
     pixels: Pixels = "none"
     backend: BackendName = "auto"
     aim: Condition | None = None
+    brief: bool = field(default=False, compare=False)
     tiny: bool = False
 
     budget = 2.0
@@ -68,6 +73,18 @@ class SamplingCase(Case):
         made = "tokens" if self.pixels == "none" else f"{side}x{side} pixels, {self.pixels} head"
         size = f"{self.preset}{', tiny' if self.tiny else ''}"
         return f"class -> {made}, {size}, {config.steps} steps, guided, B={self.batch}"
+
+    @property
+    def weight(self) -> float:
+        return 0.25 if self.brief else 1.0
+
+    @property
+    def costs(self) -> str:
+        config = self.generator_config
+        return (
+            f"{config.steps} x {count_bytes(config.decode_weight_bytes())} of weights, "
+            f"{count_bytes(config.cache_traffic(2 * self.batch))} of keys and values, {self.flops() / 1e12:.3g} TFLOP"
+        )
 
     @property
     def generator_config(self) -> GeneratorConfig:
@@ -191,8 +208,10 @@ def sampling_cases(presets: Sequence[str], batches: Sequence[int], backend: Back
     """Targets first, then tokens of every preset and batch, then pixels of the first preset.
 
     Raises:
-        ValueError: an unknown preset, or a batch outside of 1..1024.
+        ValueError: no preset or an unknown one, or a batch outside of 1..1024.
     """
+    if not presets:
+        raise ValueError(f"presets must be one or more, such as {PRESETS[0]}")
     for preset in presets:
         generator_preset(preset)
     for batch in batches:
@@ -206,6 +225,36 @@ def sampling_cases(presets: Sequence[str], batches: Sequence[int], backend: Back
         if case.preset in presets and case.batch in batches:
             found.setdefault((case.preset, case.batch, case.pixels), replace(case, backend=backend))
     return list(found.values())
+
+
+def with_curve(cases: Sequence[SamplingCase], preset: str, backend: BackendName) -> list[SamplingCase]:
+    """The cases with the batches of `CURVE` that this preset's tokens lack, behind the targets' and its own."""
+    own = [case.preset == preset and case.pixels == "none" for case in cases]
+    known = {case.batch for case, is_own in zip(cases, own, strict=True) if is_own}
+    end = max((i + 1 for i, case in enumerate(cases) if case.target or own[i]), default=0)
+    curve = [SamplingCase(preset=preset, batch=b, backend=backend, brief=True) for b in CURVE if b not in known]
+    return [*cases[:end], *curve, *cases[end:]]
+
+
+_NAME = re.compile(r"class -> (?:tokens|\d+x\d+ pixels, (\w+) head), ([\w-]+)(, tiny)?, .*, B=(\d+)")
+
+
+def case_named(name: str) -> SamplingCase | None:
+    """The case of a recorded line; None for a name that no case has."""
+    if not (parts := _NAME.fullmatch(name)) or (parts[1] or "none") not in get_args(Pixels):
+        return None
+    case = SamplingCase(
+        preset=parts[2], batch=int(parts[4]), pixels=cast(Pixels, parts[1] or "none"), tiny=bool(parts[3])
+    )
+    try:
+        return case if case.name == name else None
+    except ValueError:  # a preset of another time
+        return None
+
+
+def count_bytes(count: float) -> str:
+    """In words."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def draws(sampler: Sampler) -> Callable[..., Drawn]:

@@ -7,6 +7,7 @@ waits for, host and all. The weights of one step are many times as large as any 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,15 +16,17 @@ import torch
 from spectralar.bench.cases import Measurement, Missing, Peer, Rival, first_line
 from spectralar.bench.ceilings import Ceilings
 from spectralar.bench.sampler import SamplingCase, draws
-from spectralar.bench.sampler_split import Part, split_by_kernel, split_by_operation
+from spectralar.bench.sampler_split import split_by_operation
 from spectralar.bench.sampler_truth import Drawn, Judge, Verdict
+from spectralar.bench.split import Part, split_by_kernel
 from spectralar.bench.timing import Call, Inputs, Sampler, release, run_once, summarize
 from spectralar.sampling import memory_needed
 from spectralar.sampling.captured import bucket
 
-_FEWEST, _MOST = 3, 40
-# Without rivals there are no other rounds.
-_FEWEST_ALONE = 7
+_FEWEST, _MOST = 7, 40
+# Of what is left for a case, so that several peers and the tables have a share.
+_ROUNDS_SHARE = 0.25
+_LATE = "left out for lack of time"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class SamplingMeasurement(Measurement):
         estimate: what the sampler says that it needs, where it says so.
         kernels: where the time of one generation goes, by kernel.
         operations: the same for one step, by operation of the fused backend.
+        dropped: tables that there was no time for.
     """
 
     backend: str
@@ -46,23 +50,33 @@ class SamplingMeasurement(Measurement):
     estimate: int | None = None
     kernels: tuple[Part, ...] = ()
     operations: tuple[Part, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 def measure_sampling(
-    case: SamplingCase, device: torch.device, ceilings: Ceilings, seconds: float, *, compiled: bool = True
+    case: SamplingCase,
+    device: torch.device,
+    ceilings: Ceilings,
+    seconds: float,
+    *,
+    compiled: bool = True,
+    operations: bool = True,
 ) -> SamplingMeasurement:
-    """Judges our sampler, and if it is right times it and its peers for about `seconds` each.
+    """Judges our sampler, and if it is right times it and then its peers, and finds where the time goes.
 
     Args:
-        case: what to measure.
+        case: what to measure; a brief one is timed alone.
         device: where.
         ceilings: rates of the device.
-        seconds: for the rounds of each peer, apart from recording, compiling and judging.
+        seconds: for all of this. Ours and one peer (and what the target is a ratio to) are measured however long they
+            take; once time is up no other peer and no table is begun, and the rounds of a peer take a part of the rest.
         compiled: False leaves out the peers that need torch.compile.
+        operations: False leaves out the split by operation.
 
     Raises:
         RuntimeError, ValueError: our sampler cannot run the case.
     """
+    end = time.monotonic() + seconds
     sampler = case.sampler(device, case.backend)
     classes, seeds, settings = inputs = case.inputs
     judge = Judge(sampler.generator, sampler.tokenizer, classes, seeds)
@@ -88,22 +102,44 @@ def measure_sampling(
         return found
     own = latency(ours, inputs, device, first_call)
     samples: list[float] = []
-    rivals = []
-    for peer in case.peers(device):
+    rivals: list[Rival] = []
+    for peer in () if case.brief else case.peers(device):
+        compared = any(r.role == "peer" and r.timing is not None for r in rivals)
         if peer.compiled and not compiled:
             rivals.append(Rival(peer.name, peer.role, reason="left out, for compiling takes long"))
-            continue
-        rivals.append(_rival(peer, judge, inputs, device, own, samples, seconds))
-        release(device)
-    for _ in range(len(samples), max(_FEWEST_ALONE, _rounds(own.seconds, seconds))):
+        elif compared and time.monotonic() > end:
+            rivals.append(Rival(peer.name, peer.role, reason=_LATE))
+        else:
+            rivals.append(_rival(peer, judge, inputs, device, own, samples, end))
+            release(device)
+    for _ in range(len(samples), _FEWEST):
         samples.append(own.sample())
     found = replace(found, ours=summarize(samples, own), rivals=tuple(rivals))
-    if case.target is None:
-        return found
-    operations = (
-        () if sampler.backend != "fused" or case.pixels != "none" else split_by_operation(case, ceilings, device)
-    )
-    return replace(found, kernels=split_by_kernel(lambda: ours(*inputs), device), operations=operations)
+    return found if case.target is None else _split(found, ours, inputs, device, ceilings, end, operations)
+
+
+def _split(
+    found: SamplingMeasurement,
+    ours: Call,
+    inputs: Inputs,
+    device: torch.device,
+    ceilings: Ceilings,
+    end: float,
+    operations: bool,
+) -> SamplingMeasurement:
+    """With the tables that say where the time goes, as far as there is time."""
+    case, dropped = found.case, []
+    assert isinstance(case, SamplingCase)
+    if time.monotonic() > end:
+        dropped.append("time by kernel")
+    else:
+        found = replace(found, kernels=split_by_kernel(lambda: ours(*inputs), device))
+    if found.backend == "fused" and case.pixels == "none":
+        if not operations or time.monotonic() > end:
+            dropped.append("time by operation")
+        else:
+            found = replace(found, operations=split_by_operation(case, ceilings, device))
+    return replace(found, dropped=tuple(dropped))
 
 
 def latency(call: Call, inputs: Inputs, device: torch.device, first_call: float) -> Sampler:
@@ -123,7 +159,7 @@ def _rival(
     device: torch.device,
     own: Sampler,
     samples: list[float],
-    seconds: float,
+    end: float,
 ) -> Rival:
     """Judges and times a peer, in turns with our sampler, whose times join `samples`."""
     classes, seeds, settings = inputs
@@ -138,7 +174,8 @@ def _rival(
             error = max(judge(_drawn(x)).error for x in (drawn, call(classes, seeds, replace(settings, greedy=True))))
         theirs = latency(call, inputs, device, first_call)
         times = []
-        for _ in range(_rounds(theirs.seconds + own.seconds, seconds)):
+        share = _ROUNDS_SHARE * (end - time.monotonic())
+        for _ in range(min(max(1, math.floor(share / (theirs.seconds + own.seconds))), _MOST)):
             times.append(theirs.sample())
             samples.append(own.sample())
         return Rival(peer.name, peer.role, error, summarize(times, theirs))
@@ -148,10 +185,6 @@ def _rival(
             torch.cuda.set_stream(stream)
             torch.cuda.synchronize(device)
         return Rival(peer.name, peer.role, reason=first_line(failure))
-
-
-def _rounds(once: float, seconds: float) -> int:
-    return min(max(_FEWEST, math.floor(seconds / once)), _MOST)
 
 
 def _first_call(call: Callable[..., Drawn], inputs: Inputs, device: torch.device) -> tuple[Drawn, float, int | None]:

@@ -81,6 +81,11 @@ class TrainingCase(Case):
         return f"{self.kind} training step {size}{tiny}, {pixels}{config.tokens} tokens, bf16, B={self.batch}"
 
     @property
+    def costs(self) -> str:
+        operations = f"{self.flops() / 1e12:.3g} TFLOP, three times the forward pass's"
+        return f"{operations}; {self.bytes() / 1e9:.3g} GB for the optimizer"
+
+    @property
     def model_config(self) -> TokenizerConfig | GeneratorConfig:
         if self.kind == "generator":
             config = generator_preset(self.size)

@@ -19,7 +19,7 @@ from torch import Tensor
 from spectralar.bench.cases import Measurement, Missing, Peer, Rival, first_line
 from spectralar.bench.ceilings import Ceilings
 from spectralar.bench.peers.training import PlainStep
-from spectralar.bench.sampler_split import Part, split_by_kernel
+from spectralar.bench.split import Part, split_by_kernel
 from spectralar.bench.timing import Sampler, Timing, release, summarize
 from spectralar.bench.training import Settings, TrainingCase
 from spectralar.bench.training_truth import Judge, Verdict, gradients_of

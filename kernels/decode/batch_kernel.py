@@ -234,8 +234,9 @@ def product_kernel(
         b_a = tl.load(p_row + i_k)
         b_w = tl.load(p_column + i_k)
         if p_a.dtype.element_ty == tl.float32:
-            # Step by step, which rounds less than one long chain of additions.
-            b_y += tl.dot(b_a, tl.trans(b_w), input_precision="ieee")
+            # Step by step, which rounds less than one long chain of additions. A plain sum would become that chain: the
+            # compiler makes it the product's accumulator.
+            b_y = tl.fma(tl.dot(b_a, tl.trans(b_w), input_precision="ieee"), 1.0, b_y)
         else:
             b_y = tl.dot(b_a, tl.trans(b_w), b_y)
     if not PARTIAL:

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
+import pytest
 import torch
 from torch import Tensor
 
+from spectralar.bench import frame
 from spectralar.bench.cases import Case, Measurement, Missing, Peer, Rival, Role, Workload
 from spectralar.bench.timing import Timing
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def short_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = frame.measure_ceilings
+    monkeypatch.setattr(frame, "measure_ceilings", lambda device, seconds: measured(device, 0.02))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def last_line(printed: str) -> dict[str, Any]:
+    """The JSON object that a command prints."""
+    found: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
+    return found
 
 
 def timing(median: float) -> Timing:

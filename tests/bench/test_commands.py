@@ -9,20 +9,13 @@ from typing import Any
 import pytest
 
 from spectralar.bench import commands, plots
-from spectralar.bench.commands import WrongResultError, bench_kernels_command
+from spectralar.bench.commands import bench_kernels_command
+from spectralar.bench.frame import WrongResultError
 from spectralar.kernels import vq
 
-from .conftest import DoubleCase
+from .conftest import DoubleCase, last_line, lines_of
 
-
-@pytest.fixture(autouse=True)
-def short_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = commands.measure_ceilings
-    monkeypatch.setattr(commands, "measure_ceilings", lambda device, seconds: measured(device, 0.02))
-
-
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+pytestmark = pytest.mark.usefixtures("short_ceilings")
 
 
 def test_table_lines_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,14 +43,14 @@ def test_wrong_result_gets_no_ratio_and_fails_the_command(
         bench_kernels_command(("P4", "dct2"), seconds=5, out=out, device="cpu")
     printed = capsys.readouterr().out
     assert "wrong: error" in printed and "cdist" not in printed
-    summary = json.loads(printed.strip().splitlines()[-1])
+    summary = last_line(printed)
     assert len(summary["wrong"]) == 1 and list(summary["median_ms"]) == [lines_of(out)[-1]["case"]]
     assert [line["ratio"] is None for line in lines_of(out)] == [True, False]
 
 
 def test_what_does_not_fit_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     bench_kernels_command(("P3",), seconds=1e-9, device="cpu")
-    summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    summary = last_line(capsys.readouterr().out)
     assert summary["cases"] == 0 and len(summary["left_out"]) == 2
 
 
@@ -65,7 +58,7 @@ def test_quick_takes_the_targets_alone(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr(commands, "CASES", (DoubleCase(), DoubleCase(target="P9")))
     bench_kernels_command(quick=True, seconds=2, device="cpu")
     printed = capsys.readouterr().out
-    assert json.loads(printed.strip().splitlines()[-1])["cases"] == 1
+    assert last_line(printed)["cases"] == 1
     # A reason is text and no markup.
     assert "ZeroDivisionError: by [design]" in printed
 

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from spectralar.bench import commands, training_measure
-from spectralar.bench.commands import WrongResultError, bench_training_command
+from spectralar.bench import training_measure
+from spectralar.bench.commands import bench_training_command
+from spectralar.bench.frame import WrongResultError
 from spectralar.bench.training import Settings, TrainingCase
 from spectralar.bench.training_truth import Verdict
 
+from .conftest import last_line, lines_of
+
+pytestmark = pytest.mark.usefixtures("short_ceilings", "one_thread")
+
 
 @pytest.fixture(autouse=True)
-def one_thread_and_short_rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    measured = commands.measure_ceilings
-    monkeypatch.setattr(commands, "measure_ceilings", lambda device, seconds: measured(device, 0.02))
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_measure, "_MOST", 7)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def last_line(printed: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
-    return found
 
 
 def test_table_lines_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +57,7 @@ def test_wrong_result_gets_no_time_and_fails_the_command(
     with pytest.raises(WrongResultError, match="wrong results: generator training step"):
         bench_training_command(("generator",), seconds=20, out=out, device="cpu")
     printed = capsys.readouterr().out
-    assert "its time does not count" in printed and "ms  " not in printed
+    assert "it gets no time" in printed and "ms  " not in printed
     summary, (line,) = last_line(printed), lines_of(out)
     assert summary["wrong"] == [line["case"]] and summary["median_ms"] == {}
     assert line["median"] is line["ratio"] is line["peer"] is None and line["error"] == pytest.approx(3, rel=1e-3)
