@@ -14,7 +14,7 @@ from spectralar.training.presets import TOKENIZER_RUNS
 from spectralar.training.runs import TokenizerRun
 from spectralar.training.trials.report import table
 from spectralar.training.trials.runner import run_trial
-from spectralar.training.trials.table import TRIALS
+from spectralar.training.trials.table import PLAIN, TRIALS, override
 
 
 def trials(
@@ -39,12 +39,12 @@ def trials(
         seconds: training time of every trial, without the time of finding its pace (some seconds) and of measuring.
         out: file to which a line is added for every trial.
         runs: directory in which every trial has its run.
-        preset: what the trials change.
+        preset: what the trials change, once it is as plain as before them (`table.PLAIN`).
     """
     unknown = sorted(set(only) - set(TRIALS))
     if unknown:
         raise ValueError(f"only must name some of {', '.join(TRIALS)}, not {', '.join(unknown)}")
-    base = TOKENIZER_RUNS[preset]
+    base = override(TOKENIZER_RUNS[preset], PLAIN)
     base = replace(base, data=replace(base.data, path=data), validation=validation)
     results = run_trials(base, only or tuple(TRIALS), out, runs, steps=steps, seconds=seconds)
     print(table(results), flush=True)
