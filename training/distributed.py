@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralar.devices import auto_device
+from spectralar.training.capture import forget_recordings, side_stream
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
@@ -144,7 +145,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         dist.init_process_group(backend, timeout=_TIMEOUT, device_id=own)
         yield Ranks(rank, world)
     except (KeyboardInterrupt, SystemExit):  # agreed on by all ranks
-        dist.destroy_process_group()
+        _leave()
         raise
     except RuntimeError as error:
         # After an error the group is left to the end of the process: to end it in order would wait for the others.
@@ -154,6 +155,11 @@ def join_ranks(device: str) -> Iterator[Ranks]:
                 f"Resume to go on from the newest checkpoint. ({str(error).splitlines()[0]})"
             ) from error
         raise
+    _leave()
+
+
+def _leave() -> None:
+    forget_recordings()
     dist.destroy_process_group()
 
 
@@ -164,6 +170,7 @@ def parallelize(
     *,
     ranks_per_copy: int = 1,
     half: bool = False,
+    captured: bool = False,
 ) -> Callable[[Batch, bool], Losses]:
     """Prepares a model on its device for training by all ranks: gradients become means over the ranks' batches.
 
@@ -176,6 +183,7 @@ def parallelize(
         ranks: this job.
         ranks_per_copy: see `copies`.
         half: sharded blocks are sent in bf16 (reduced in fp32); meant for blocks that run under bf16 autocast anyway.
+        captured: the copies' steps will be recorded as CUDA graphs, after `WARMUP_OF_RANKS` ordinary ones.
 
     Returns:
         `(batch, reduce) -> losses`. Where `reduce` is false, as for all batches of an accumulated step but the last,
@@ -198,7 +206,8 @@ def parallelize(
             step.set_requires_gradient_sync(reduce)
             return step(batch)
     else:
-        replica = nn.parallel.DistributedDataParallel(step, gradient_as_bucket_view=True)
+        with side_stream() if captured else nullcontext():  # gradients will arrive on the stream on which DDP is made
+            replica = nn.parallel.DistributedDataParallel(step, gradient_as_bucket_view=True)
 
         def run(batch: Batch, reduce: bool) -> Losses:
             with nullcontext() if reduce else replica.no_sync():

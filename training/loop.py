@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from spectralar.devices import auto_device
 from spectralar.training.blocks import prepare_blocks
-from spectralar.training.capture import CapturedStep, Step
+from spectralar.training.capture import WARMUP, WARMUP_OF_RANKS, CapturedStep, Step
 from spectralar.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -45,6 +45,8 @@ from spectralar.training.stop import StopSignals
 from spectralar.weights.pretrained import Pretrained, load_strict
 
 _NEVER = 2**62  # a step that does not come
+# What may change when a run is resumed.
+_CHANGEABLE = ("loop.", "data.max_unreadable ")
 CHECKPOINTS, FINAL, BEST, PICTURES, CONFIG = "checkpoints", "final", "best", "pictures", "config.json"
 
 
@@ -59,7 +61,8 @@ class LoopConfig:
         device: `auto` is the GPU when there is one.
         precision: `bf16` is autocast, with products in TF32 where it leaves fp32; `fp32` is plain; `auto` is bf16 on
             a GPU.
-        capture: on a single GPU, record the step once and replay it as one CUDA graph.
+        capture: on GPUs, record the step once and replay it as one CUDA graph; where several ranks divide one copy of
+            the model between them, steps stay as they are.
         compile: run the transformer blocks under torch.compile; takes a minute at the first step.
         checkpointing: keep only the inputs of transformer blocks for the backward pass, which computes them once more:
             a third more work, and a fraction of the memory.
@@ -108,7 +111,8 @@ class Loader(Protocol):
     """This rank's batches without end, with a position that can be saved.
 
     Positions name `batch` (samples of a rank) and `world` (ranks). On another number of ranks the loader is given the
-    first rank's position with its own values of these two, whose product is the same.
+    first rank's position with its own values of these two, whose product is the same. Positions may hold `unreadable`,
+    a list of (sample, reason), which is counted in the log.
     """
 
     def __iter__(self) -> Iterator[Any]: ...
@@ -178,6 +182,7 @@ class Trainer:
         )
         self._products: Callable[[], Any] = _tf32 if bf16 and gpu else nullcontext
         sharing = ranks.world // copies(ranks, loop.ranks_per_copy)
+        captured = loop.capture and gpu and sharing == 1
         self._state_bytes = state_bytes(task.model, averaged=optimizer.ema > 0, ranks_per_copy=sharing)
         check_memory(self._state_bytes, self.device)
         self.model = task.model.to(self.device).train()
@@ -191,6 +196,7 @@ class Trainer:
             ranks,
             ranks_per_copy=loop.ranks_per_copy,
             half=bf16 and gpu,
+            captured=captured,
         )
         if sharing > 1 and self.average is not None:
             shard(nn.Sequential(self.average.model), ranks, loop.ranks_per_copy)
@@ -208,8 +214,8 @@ class Trainer:
         self._steps_done = torch.zeros((), dtype=torch.int64, device=self.device)
         self._first_bad = torch.full((), _NEVER, dtype=torch.int64, device=self.device)
         self._update: Step = self._plain_update
-        if loop.capture and gpu and ranks.world == 1:
-            self._update = CapturedStep(self._plain_update)
+        if captured:
+            self._update = CapturedStep(self._plain_update, warmup=WARMUP if ranks.world == 1 else WARMUP_OF_RANKS)
 
     @property
     def trained(self) -> nn.Module:
@@ -243,8 +249,8 @@ class Trainer:
 
             newest = self.ranks.by_first(claim)
             notes = [f"resumed from {newest}{self._restore(newest)}"] if newest is not None else []
-            if self.loop.capture and self.device.type == "cuda" and self.ranks.world > 1:
-                notes.append("steps are not captured as CUDA graphs on several ranks")
+            if self.loop.capture and self.device.type == "cuda" and self._complete is not None:
+                notes.append("steps are not captured as CUDA graphs where ranks divide the model between them")
             journal: Journal = Silence()
             if self.ranks.first:
                 (self.out / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
@@ -324,9 +330,19 @@ class Trainer:
         if reading is None:
             return
         self._check_finite(reading.first_bad)
-        speed = {"lr": reading.lr, "images_per_second": reading.images_per_second}
-        journal.record(reading.step, {**reading.means, **speed})
-        journal.progress(reading.step, f"loss {reading.means['loss']:.4f}  {reading.images_per_second:,.0f} images/s")
+        figures = {**reading.means, "lr": reading.lr, "images_per_second": reading.images_per_second}
+        line = f"loss {reading.means['loss']:.4f}  {reading.images_per_second:,.0f} images/s"
+        if unreadable := self._unreadable():
+            figures["unreadable"] = unreadable
+            line += f"  {unreadable:,} unreadable"
+        journal.record(reading.step, figures)
+        journal.progress(reading.step, line)
+
+    def _unreadable(self) -> int:
+        """Samples that any rank could not read. All ranks must ask together."""
+        if "unreadable" not in self._place:
+            return 0
+        return len(set().union(*self.ranks.gather([sample for sample, _ in self._place["unreadable"]])))
 
     def _evaluated(self) -> nn.Module:
         """The trained model in evaluation mode, for one rank alone to call. All ranks must ask for it together."""
@@ -418,7 +434,7 @@ class Trainer:
     def _restore(self, directory: Path) -> str:
         """Takes everything over from a checkpoint; returns what to tell of what could not be."""
         saved = load_checkpoint(directory)
-        differences = [d for d in _differences(saved.config, self.config) if not d.startswith("loop.")]
+        differences = [d for d in _differences(saved.config, self.config) if not d.startswith(_CHANGEABLE)]
         if differences:
             raise CheckpointError(f"{directory} belongs to another configuration: {'; '.join(differences)}")
         _load_weights(self.model, saved.model, what=str(directory))

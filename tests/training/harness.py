@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from spectralar.config import GeneratorConfig, TokenizerConfig, to_dict
 from spectralar.generator import SpectralGenerator
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.training.checkpoint import load_checkpoint
-from spectralar.training.data import Crop, ImageLoader, LoaderConfig, TokenLoader, TokenStore
+from spectralar.training.data import Crop, ImageLoader, LoaderConfig, ShardSet, TokenLoader, TokenStore
 from spectralar.training.generator import GeneratorTask
 from spectralar.training.journal import read_log
 from spectralar.training.loop import LoopConfig, Trainer
@@ -95,6 +96,17 @@ def hooked(loss: Callable[[Any], dict[str, Tensor]], hook: Hook) -> Callable[[An
 
 def at(call: int, action: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Hook:
     return lambda number, losses: action(losses) if number == call else losses
+
+
+def damaged_copy(folder: Path, out: Path, samples: list[int]) -> Path:
+    """A copy of a set of shards in which the first bytes of some images are overwritten."""
+    shutil.copytree(folder, out)
+    shards = ShardSet.open(out)
+    for sample in samples:
+        with shards.paths[shards._shards[sample]].open("r+b") as file:
+            file.seek(shards._offsets[sample])
+            file.write(bytes(30))
+    return out
 
 
 class Crash(RuntimeError):

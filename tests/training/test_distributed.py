@@ -21,7 +21,7 @@ from spectralar.config import GeneratorConfig, TokenizerConfig, from_dict, to_di
 from spectralar.generator import SpectralGenerator
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.training.checkpoint import checkpoints, load_checkpoint
-from spectralar.training.data import TokenBatch, TokenStore, evaluation_batches
+from spectralar.training.data import Crop, LoaderConfig, TokenBatch, TokenStore, evaluation_batches
 from spectralar.training.distributed import (
     ALONE,
     BatchNormOverRanks,
@@ -37,9 +37,9 @@ from spectralar.training.generator import GeneratorTask
 from spectralar.training.journal import read_log
 from spectralar.training.loop import LoopConfig
 from spectralar.training.optimizer import OptimizerConfig
-from spectralar.training.runs import GeneratorRun, train_generator, validation_images
+from spectralar.training.runs import GeneratorRun, TokenizerRun, train_generator, train_tokenizer, validation_images
 from spectralar.training.tokenizer import TokenizerLossConfig, TokenizerTask
-from tests.training.harness import assert_same_run
+from tests.training.harness import assert_same_run, damaged_copy
 from tests.training.jobs import Job, command, wait_for
 
 
@@ -396,6 +396,22 @@ def poison_rank_1(run: dict[str, Any]) -> None:
 
     GeneratorTask.loss = loss  # type: ignore[method-assign]
     train(run)
+
+
+def test_two_ranks_count_what_either_could_not_read(
+    tokenizer_config: TokenizerConfig, photo_shards: Path, tmp_path: Path
+) -> None:
+    """After two epochs of two steps each rank has met both bad images, or one of them has: two, either way."""
+    folder = damaged_copy(photo_shards / "train", tmp_path / "damaged", [3, 9])
+    data = LoaderConfig(str(folder), 8, Crop(16, "random", resize=18), max_unreadable=0.2)
+    loop = LoopConfig(str(tmp_path / "run"), steps=4, device="cpu", log_every=1)
+    Job(tmp_path, 2, train_pictures, to_dict(TokenizerRun(tokenizer_config, data, loop=loop))).succeed()
+    counts = [record["unreadable"] for record in read_log(tmp_path / "run") if "unreadable" in record]
+    assert counts[-3:] == [2, 2, 2]
+
+
+def train_pictures(run: dict[str, Any]) -> None:
+    train_tokenizer(from_dict(TokenizerRun, run))
 
 
 def test_torchrun_trains_by_the_command_line(tokenizer_yaml: str, photo_shards: Path, tmp_path: Path) -> None:

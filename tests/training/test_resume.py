@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import threading
 from dataclasses import replace
@@ -10,11 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from spectralar.config import TokenizerConfig
 from spectralar.training.checkpoint import CheckpointError, checkpoints, load_checkpoint
+from spectralar.training.data import Crop, LoaderConfig, ShardError
 from spectralar.training.journal import read_log
 from spectralar.training.lock import LOCK_FILE
+from spectralar.training.loop import LoopConfig
+from spectralar.training.runs import TokenizerRun, train_tokenizer
 from tests.training.harness import (
     KINDS,
     OPTIMIZER,
@@ -24,6 +30,7 @@ from tests.training.harness import (
     assert_same_run,
     at,
     crash,
+    damaged_copy,
 )
 
 
@@ -204,3 +211,26 @@ def test_a_checkpoint_without_its_average_is_refused(bench: Bench, tmp_path: Pat
     (tmp_path / "checkpoints" / "step-00000002" / "average.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"missing file: .*average\.safetensors"):
         bench.trainer("generator", tmp_path).run(resume=True)
+
+
+def test_unreadable_images_are_counted_and_their_limit_may_be_raised(
+    photo_shards: Path, tokenizer_config: TokenizerConfig, tmp_path: Path
+) -> None:
+    """One run that allows two bad images of 16, and one that allows a single one until it has stopped."""
+    folder = damaged_copy(photo_shards / "train", tmp_path / "damaged", [3, 9])
+
+    def run(name: str, share: float, console: Console | None = None, *, resume: bool = False) -> None:
+        data = LoaderConfig(str(folder), 4, Crop(16, "random", resize=18), seed=1, max_unreadable=share)
+        loop = LoopConfig(str(tmp_path / name), steps=8, device="cpu", log_every=1, checkpoint_every=1, keep=9)
+        train_tokenizer(TokenizerRun(tokenizer_config, data, loop=loop), resume=resume, console=console)
+
+    console = Console(file=io.StringIO(), width=200)
+    run("allowed", 2 / 16, console)
+    counts = [record.get("unreadable", 0) for record in read_log(tmp_path / "allowed")]
+    assert counts == sorted(counts) and 1 in counts and counts[-1] == 2
+    assert isinstance(console.file, io.StringIO) and "  2 unreadable" in console.file.getvalue()
+    with pytest.raises(ShardError, match=r"more than 1 of the 16 images, which max_unreadable allows"):
+        run("raised", 1 / 16)
+    assert [record["step"] for record in read_log(tmp_path / "raised")] == list(range(1, counts.index(2) + 1))
+    run("raised", 2 / 16, resume=True)
+    assert_same_run(tmp_path / "allowed", tmp_path / "raised", "step-00000008")

@@ -7,6 +7,9 @@ not, and a GPU's inverse DCT rounds differently. Seen on CPUs, for photographs o
 in a pixel (at hard edges), 0.15 on average, and at most 8 in an orthonormal DCT coefficient, of 255 x 256.
 
 What is no plain JPEG (see `plain_jpeg_size`) is decoded by Pillow in the worker processes and passed on as pixels.
+
+An error ends a DALI pipeline, and does not say which image it is about. Pillow then decodes the whole batch: what it
+cannot read is treated as on its own path (see `unreadable`), and a new pipeline goes on with that batch.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import importlib.util
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +26,10 @@ import torch
 from torch.utils.data import Dataset
 
 from spectralar.training.data.epochs import random_stream
-from spectralar.training.data.images import Crop, ImageError, choose_cut, decode_image, plain_jpeg_size, resized_size
+from spectralar.training.data.images import Crop, choose_cut, decode_image, plain_jpeg_size, resized_size
 from spectralar.training.data.shard_set import ShardSet
-from spectralar.training.data.tar_index import ShardError
-from spectralar.training.data.workers import Batch, Request
+from spectralar.training.data.unreadable import Reasons, first_readable
+from spectralar.training.data.workers import Answer, Batch, Request
 
 INSTALL = "pip install 'spectralar[cuda]'"
 
@@ -51,8 +54,11 @@ class EncodedBatch(NamedTuple):
         first: float32 `[B, 2]`, row and column of the upper left corner of each box, in pixels of the encoded image.
         last: float32 `[B, 2]`, of the lower right corner.
         mirrored: int32 `[B]`, 1 or 0.
-        indices: int64 `[B]`, the samples.
-        by_pillow: those that were decoded already.
+        samples: int64 `[B]`, the samples.
+        request: what this is the answer to.
+        unreadable: samples asked for whose place was taken by others.
+        by_pillow: those that were decoded already because they are no plain JPEGs.
+        pixels: all were decoded already.
     """
 
     files: torch.Tensor
@@ -60,47 +66,77 @@ class EncodedBatch(NamedTuple):
     first: np.ndarray
     last: np.ndarray
     mirrored: np.ndarray
-    indices: np.ndarray
+    samples: np.ndarray
+    request: Request
+    unreadable: Reasons
     by_pillow: list[int]
+    pixels: bool
+
+
+class _File(NamedTuple):
+    """What DALI is given of one sample: a JPEG or a portable pixmap, its width and height, and whether it is a JPEG."""
+
+    data: bytes
+    size: tuple[int, int]
+    plain: bool
 
 
 class EncodedImages(Dataset[EncodedBatch]):
-    """Answers a request with the files of a batch and their crops."""
+    """Answers a request with the files of a batch and their crops; `most` samples may be unreadable."""
 
-    def __init__(self, shards: ShardSet, crop: Crop, seed: int) -> None:
-        self.shards, self.crop, self.seed = shards, crop, seed
+    def __init__(self, shards: ShardSet, crop: Crop, seed: int, most: int) -> None:
+        self.shards, self.crop, self.seed, self.most = shards, crop, seed, most
 
     def __getitem__(self, request: Request) -> EncodedBatch:
+        return self.encode(request, {})
+
+    def encode(self, request: Request, damaged: Mapping[int, str], *, pixels: bool = False) -> EncodedBatch:
+        """The answer to a request.
+
+        Args:
+            request: epoch and samples.
+            damaged: samples that are known to be unreadable, although they look like plain JPEGs; and why.
+            pixels: Pillow decodes all of them, plain JPEGs too.
+
+        Raises:
+            ShardError: a sample cannot be read, nor can `most` more.
+        """
         epoch, indices = request
         files: list[bytes] = []
         first, last = np.empty((2, len(indices), 2), np.float32)
         mirrored = np.empty(len(indices), np.int32)
-        by_pillow: list[int] = []
+        samples, unreadable, by_pillow = indices.copy(), Reasons(), list[int]()
         for i, index in enumerate(indices.tolist()):
-            data, _, _ = self.shards.read(index)
-            try:
-                size = plain_jpeg_size(data)
-                if size is None:
-                    image = decode_image(data)
-                    size = image.size
-                    data = b"P6 %d %d 255\n" % size + image.tobytes()  # a portable pixmap
-                    by_pillow.append(index)
-                width, height = resized_size(*size, self.crop)
-            except ImageError as error:
-                raise ShardError(f"{self.shards.where(index)}: {error}") from error
-            random = random_stream(self.seed, "augmentation", epoch, index)
-            cut = choose_cut(width, height, self.crop, random, epoch)
-            across, down = size[0] / width, size[1] / height
+            sample, file = first_readable(
+                self.shards, index, lambda sample: self._file(sample, pixels), self.most, unreadable, damaged
+            )
+            samples[i] = sample
+            if not file.plain:
+                by_pillow.append(sample)
+            width, height = resized_size(*file.size, self.crop)
+            cut = choose_cut(width, height, self.crop, random_stream(self.seed, "augmentation", epoch, index), epoch)
+            across, down = file.size[0] / width, file.size[1] / height
             first[i] = cut.top * down, cut.left * across
             last[i] = cut.bottom * down, cut.right * across
             mirrored[i] = cut.mirrored
-            files.append(data)
+            files.append(file.data)
         ends = np.cumsum([len(data) for data in files])
         joined = torch.empty(int(ends[-1]), dtype=torch.uint8)
         memory = memoryview(joined.numpy().data)
         for data, end in zip(files, ends.tolist(), strict=True):
             memory[end - len(data) : end] = data
-        return EncodedBatch(joined, ends, first, last, mirrored, indices, by_pillow)
+        return EncodedBatch(joined, ends, first, last, mirrored, samples, request, unreadable, by_pillow, pixels)
+
+    def _file(self, sample: int, pixels: bool) -> _File:
+        data, _, _ = self.shards.read(sample)
+        size = plain_jpeg_size(data)
+        plain = size is not None
+        if size is None or pixels:
+            image = decode_image(data)
+            size = image.size
+            data = b"P6 %d %d 255\n" % size + image.tobytes()  # a portable pixmap
+        resized_size(*size, self.crop)  # ImageError where a crop is impossible
+        return _File(data, size, plain)
 
 
 class DaliBatches:
@@ -108,8 +144,7 @@ class DaliBatches:
 
     Args:
         encoded: the encoded batches of an iteration, as from worker processes.
-        shards: where they come from.
-        size: side of the squares.
+        images: what encoded them.
         batch: largest number of images in a batch.
         device: where images and labels appear; on a GPU, decoding happens there.
         hw_decoder_load: see `LoaderConfig`.
@@ -118,19 +153,31 @@ class DaliBatches:
     def __init__(
         self,
         encoded: Iterable[EncodedBatch],
-        shards: ShardSet,
+        images: EncodedImages,
         *,
-        size: int,
         batch: int,
         device: torch.device,
         hw_decoder_load: float,
     ) -> None:
-        self.encoded, self.shards, self.size, self.batch = encoded, shards, size, batch
+        self.encoded, self.images, self.batch = encoded, images, batch
         self.device, self.hw_decoder_load = device, hw_decoder_load
+        self._damaged = Reasons()
         self._told = False
 
-    def __iter__(self) -> Iterator[Batch]:
-        feed = _Feed(iter(self.encoded))
+    def __iter__(self) -> Iterator[Answer]:
+        feed = _Feed(map(self._without_damaged, self.encoded))
+        try:
+            while (error := (yield from self._until_error(feed))) is not None:
+                feed.begin_again(self._by_pillow(feed.queued[0], error))
+            if feed.failure is not None:
+                raise feed.failure
+        finally:
+            # The workers must not hang on a pipeline's cycle: when it is collected, their queues are closed before they
+            # are asked to end, and torch waits seconds for each.
+            feed.close()
+
+    def _until_error(self, feed: _Feed) -> Generator[Answer, None, RuntimeError | None]:
+        """Hands out batches to the end of the feed, or to an error of DALI, which belongs to the next batch."""
         pipeline, process = self._pipeline(feed), os.getpid()
         _pipelines.add(pipeline)
         try:
@@ -139,21 +186,37 @@ class DaliBatches:
                 try:
                     (images,) = pipeline.run(stream)
                 except StopIteration:
-                    break
+                    return None
                 except RuntimeError as error:
-                    raise self._explained(feed.queued[0].indices, error) from error
+                    return error.with_traceback(None)  # which would keep the pipeline
                 batch = feed.queued.popleft()
                 self._tell(batch)
-                yield self._batch(images, batch, stream)
-            if feed.failure is not None:
-                raise feed.failure
+                yield Answer(self._batch(images, batch, stream), batch.unreadable)
         finally:
             if os.getpid() == process:
                 _pipelines.discard(pipeline)
                 pipeline.__del__()  # it is part of a cycle of references, and would keep its threads and memory
-            # The workers must not hang on that cycle: when it is collected, their queues are closed before they are
-            # asked to end, and torch waits seconds for each.
-            feed.close()
+
+    def _by_pillow(self, batch: EncodedBatch, error: RuntimeError) -> EncodedBatch:
+        """The batch without what Pillow cannot read, or, where that is nothing, in pixels."""
+        first = self.images.shards.where(int(batch.samples[0]))
+        if batch.pixels:
+            raise RuntimeError(
+                f"DALI fails on a batch that begins with {first}, even on its pixels: {error}"
+            ) from error
+        decoded = self.images.encode(batch.request, self._damaged, pixels=True)
+        found = {sample: why for sample, why in decoded.unreadable.items() if sample not in batch.unreadable}
+        if not found:
+            _log.warning("Pillow decodes a batch that begins with %s, on which DALI fails: %s", first, error)
+            return decoded
+        self._damaged.update(found)
+        return self._without_damaged(batch)
+
+    def _without_damaged(self, batch: EncodedBatch) -> EncodedBatch:
+        """The batch itself, unless samples of it have been found damaged meanwhile."""
+        if self._damaged.keys().isdisjoint(batch.samples.tolist()):
+            return batch
+        return self.images.encode(batch.request, self._damaged)
 
     def _pipeline(self, feed: _Feed) -> Any:
         from nvidia.dali import Pipeline, fn, types
@@ -187,7 +250,7 @@ class DaliBatches:
                 images,
                 roi_start=first,
                 roi_end=last,
-                size=[self.size, self.size],
+                size=[self.images.crop.size] * 2,
                 interp_type=types.INTERP_CUBIC,
                 antialias=True,
             )
@@ -202,10 +265,10 @@ class DaliBatches:
         """Copies out of DALI's memory, which another batch may soon fill; the copy of a batch takes microseconds."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        size = (len(batch.indices), 3, self.size, self.size)
-        pixels = torch.empty(size, dtype=torch.uint8, device=self.device)
+        side = self.images.crop.size
+        pixels = torch.empty((len(batch.samples), 3, side, side), dtype=torch.uint8, device=self.device)
         feed_ndarray(images.as_tensor(), pixels, cuda_stream=stream)
-        labels = torch.from_numpy(self.shards.labels[batch.indices])
+        labels = torch.from_numpy(self.images.shards.labels[batch.samples])
         if stream is not None:
             labels = labels.pin_memory().to(self.device, non_blocking=True)
         return Batch(pixels, labels)
@@ -217,21 +280,9 @@ class DaliBatches:
                 "%d of the %d images of a batch, %s first, are no plain JPEGs: Pillow decodes such images in the "
                 "data workers",
                 len(batch.by_pillow),
-                len(batch.indices),
-                self.shards.where(batch.by_pillow[0]),
+                len(batch.samples),
+                self.images.shards.where(batch.by_pillow[0]),
             )
-
-    def _explained(self, indices: np.ndarray, error: RuntimeError) -> Exception:
-        """DALI does not say which image of a batch it failed on; Pillow may find one."""
-        for index in indices.tolist():
-            try:
-                decode_image(self.shards.read(index)[0])
-            except ImageError as reason:
-                return ShardError(f"{self.shards.where(index)}: {reason}")
-        return RuntimeError(
-            f"DALI fails on a batch with {self.shards.where(int(indices[0]))}, of which Pillow can read every image "
-            f"(backend pillow decodes with it): {error}"
-        )
 
 
 class _Feed:
@@ -241,10 +292,13 @@ class _Feed:
         self.queued: deque[EncodedBatch] = deque()
         self.failure: Exception | None = None
         self._source = source
+        self._waiting: deque[EncodedBatch] = deque()
 
     def __call__(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+        if not self._waiting and self.failure is not None:
+            raise StopIteration
         try:
-            batch = next(self._source)
+            batch = self._waiting.popleft() if self._waiting else next(self._source)
         except StopIteration:
             raise
         except Exception as error:  # it belongs to a batch that comes after those in the queue
@@ -255,9 +309,16 @@ class _Feed:
         files = np.split(batch.files.numpy(), batch.ends[:-1])
         return files, batch.first, batch.last, batch.mirrored
 
+    def begin_again(self, first: EncodedBatch) -> None:
+        """Gives a new pipeline `first` in place of the first batch of the queue, then the others."""
+        self.queued.popleft()
+        self._waiting.extendleft([*reversed(self.queued), first])
+        self.queued.clear()
+
     def close(self) -> None:
         self._source = iter(())
         self.queued.clear()
+        self._waiting.clear()
         self.failure = None
 
 

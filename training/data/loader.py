@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from spectralar.training.data.dali import INSTALL, DaliBatches, EncodedImages, d
 from spectralar.training.data.epochs import EpochOrder, Position, check_share, random_stream
 from spectralar.training.data.images import Crop, ImageError, decode_image, draw, prepare
 from spectralar.training.data.shard_set import ShardSet
-from spectralar.training.data.tar_index import ShardError
-from spectralar.training.data.workers import Batch, Request, Requests, answers
+from spectralar.training.data.unreadable import Reasons, Unreadable, first_readable, most_unreadable, too_many
+from spectralar.training.data.workers import Answer, Batch, Request, Requests, answers
 
 LoaderBackend = Literal["auto", "dali", "pillow"]
 
@@ -44,6 +44,10 @@ class LoaderConfig:
             installed, unless there is a cache. Both give the same samples, crops and order.
         hw_decoder_load: share of the JPEGs that `dali` gives to the decoder which some GPUs have beside their cores; 0
             leaves it out.
+        max_unreadable: share of the samples that training may find impossible to decode or cut. The next sample of the
+            set takes the place of such a one, with its own label; the sample is named in a warning, and one more than
+            the share, rounded down, ends the run. Every rank counts those that it has met. 0 stops at the first, as
+            evaluation and tokenising always do: for them, a sample is not to be replaced.
 
     Raises:
         ValueError: a value outside its limits, or a cache with `dali`.
@@ -59,6 +63,7 @@ class LoaderConfig:
     classes: int | None = None
     backend: LoaderBackend = "auto"
     hw_decoder_load: float = 1.0
+    max_unreadable: float = 0.001
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -72,6 +77,8 @@ class LoaderConfig:
             raise ValueError("cache must be off with backend dali: it holds what Pillow has decoded")
         if not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load must be 0..1, not {self.hw_decoder_load}")
+        if not 0 <= self.max_unreadable < 1:
+            raise ValueError(f"max_unreadable must be at least 0 and below 1, not {self.max_unreadable}")
 
 
 class ImageLoader(Position, Iterator[Batch]):
@@ -79,7 +86,8 @@ class ImageLoader(Position, Iterator[Batch]):
 
     Epoch e visits the samples in an order drawn from (seed, e), each at most once over all ranks; what fills no global
     batch is left out of that epoch. The crop of a sample is drawn from (seed, epoch, sample) alone. So the images do
-    not depend on workers, cache, prefetching, the division into ranks, or on where a run was interrupted.
+    not depend on workers, cache, prefetching, the division into ranks, or on where a run was interrupted. Where an
+    image cannot be read, the next sample of the set takes its place (see `LoaderConfig.max_unreadable`).
 
     Batches are on `device` with DALI, else on the CPU, in pinned memory where CUDA is available. Worker processes live
     as long as the loader.
@@ -96,7 +104,8 @@ class ImageLoader(Position, Iterator[Batch]):
     Raises:
         ValueError: see `ShardSet.open` and `EpochOrder`; a set smaller than one global batch; DALI asked for and not
             installed.
-        ShardError: while iterating (while constructing, with a cache): an image that cannot be decoded or cut.
+        ShardError: while iterating (while constructing, with a cache): a shard that is cut short, or more images than
+            `max_unreadable` that cannot be decoded or cut.
     """
 
     def __init__(
@@ -110,10 +119,12 @@ class ImageLoader(Position, Iterator[Batch]):
         )
         super().__init__(order, self.shards.digest)
         self._requests = Requests(order)
+        most = most_unreadable(config.max_unreadable, len(self.shards))
+        self._unreadable = Unreadable(self.shards, most)
         self.backend, self._batches = _batches(
-            config, self.shards, self._requests, torch.device(device), persistent=True, tells=rank == 0
+            config, self.shards, self._requests, torch.device(device), most=most, persistent=True, tells=rank == 0
         )
-        self._stream: Iterator[Batch] | None = None
+        self._stream: Iterator[Answer] | None = None
         self._stream_step = 0
 
     @property
@@ -135,10 +146,20 @@ class ImageLoader(Position, Iterator[Batch]):
             self._requests.start = self.step
             stream = iter(self._batches)
         self._stream = None  # after an error the stream would go on behind the batch that failed
-        batch = next(stream)
+        answer = next(stream)
+        self._unreadable.add(answer.unreadable)
         self.step += 1
         self._stream, self._stream_step = stream, self.step
-        return batch
+        return answer.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Position`; `unreadable` are the samples that this rank has met and could not read, with the reasons."""
+        return {**super().state_dict(), "unreadable": self._unreadable.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Position`."""
+        super().load_state_dict(state)
+        self._unreadable.load_state(state.get("unreadable", ()))
 
 
 def evaluation_batches(
@@ -178,8 +199,8 @@ def evaluation_batches(
     shards = ShardSet.open(path, classes=classes)
     mine = np.arange(rank, len(shards), world)
     requests = [(0, mine[start : start + batch]) for start in range(0, len(mine), batch)]
-    images = _Images(shards, crop, 0, cache=False)
-    return iter(answers(images, requests, workers, persistent=False, pinned=True))
+    images = _Images(shards, crop, 0, cache=False, most=0)
+    return (answer.batch for answer in answers(images, requests, workers, persistent=False, pinned=True))
 
 
 def crop_requests(samples: int, batch: int, crops: int) -> list[Request]:
@@ -205,7 +226,8 @@ def crop_batches(
     """The batches of some of `crop_requests`: pass c gives each sample its crop of epoch c in training.
 
     Args:
-        config: what to load; `batch` is the largest number of samples in a request, `shuffle` is not used.
+        config: what to load; `batch` is the largest number of samples in a request, `shuffle` and `max_unreadable` are
+            not used.
         requests: the batches to load.
         device: where the images are used, see `ImageLoader`.
         tells: say which backend was chosen.
@@ -215,7 +237,8 @@ def crop_batches(
         ShardError: for a shard or image that cannot be read.
     """
     shards = ShardSet.open(config.path, classes=config.classes)
-    return iter(_batches(config, shards, requests, torch.device(device), persistent=False, tells=tells)[1])
+    _, batches = _batches(config, shards, requests, torch.device(device), most=0, persistent=False, tells=tells)
+    return (answer.batch for answer in batches)
 
 
 def choose_backend(config: LoaderConfig, device: torch.device) -> tuple[Literal["dali", "pillow"], str]:
@@ -243,60 +266,70 @@ def _batches(
     requests: Sampler[Request] | list[Request],
     device: torch.device,
     *,
+    most: int,
     persistent: bool,
     tells: bool,
-) -> tuple[Literal["dali", "pillow"], Iterable[Batch]]:
+) -> tuple[Literal["dali", "pillow"], Iterable[Answer]]:
     backend, reason = choose_backend(config, device)
     if tells:
         missing = device.type == "cuda" and config.backend == "auto" and backend == "pillow" and not config.cache
         _log.log(logging.WARNING if missing else logging.INFO, "images are decoded by %s: %s", backend, reason)
     if backend == "pillow":
-        images = _Images(shards, config.crop, config.seed, config.cache)
+        images = _Images(shards, config.crop, config.seed, config.cache, most)
         return backend, answers(images, requests, config.workers, persistent=persistent, pinned=True)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    encoded = EncodedImages(shards, config.crop, config.seed)
+    encoded = EncodedImages(shards, config.crop, config.seed, most)
     return backend, DaliBatches(
         answers(encoded, requests, config.workers, persistent=persistent, pinned=False),
-        shards,
-        size=config.crop.size,
+        encoded,
         batch=config.batch,
         device=device,
         hw_decoder_load=config.hw_decoder_load,
     )
 
 
-class _Images(Dataset[Batch]):
+class _Images(Dataset[Answer]):
     """Answers a request with a whole batch: one message per batch between processes, and no collation."""
 
-    def __init__(self, shards: ShardSet, crop: Crop, seed: int, cache: bool) -> None:
-        self.shards, self.crop, self.seed = shards, crop, seed
+    def __init__(self, shards: ShardSet, crop: Crop, seed: int, cache: bool, most: int) -> None:
+        self.shards, self.crop, self.seed, self.most = shards, crop, seed, most
         self.cache = _Cache(self) if cache else None
 
-    def __getitem__(self, request: Request) -> Batch:
+    def __getitem__(self, request: Request) -> Answer:
         epoch, indices = request
         size = self.crop.size
         images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8)
-        for out, index in zip(images.numpy(), indices.tolist(), strict=True):
-            pixels = self.decode(index) if self.cache is None else self.cache[index]
+        read = self.decode if self.cache is None else self.cache.__getitem__
+        samples, unreadable = indices.copy(), Reasons()
+        for i, (out, index) in enumerate(zip(images.numpy(), indices.tolist(), strict=True)):
+            samples[i], pixels = first_readable(self.shards, index, read, self.most, unreadable, {})
             draw(pixels, self.crop, random_stream(self.seed, "augmentation", epoch, index), epoch, out)
-        return Batch(images, torch.from_numpy(self.shards.labels[indices]))
+        return Answer(Batch(images, torch.from_numpy(self.shards.labels[samples])), unreadable)
 
     def decode(self, index: int) -> np.ndarray:
-        """Pixels of one sample before the random part of its crop."""
+        """Pixels of one sample before the random part of its crop; ImageError where that is impossible."""
         data, _, _ = self.shards.read(index)
-        try:
-            return prepare(decode_image(data), self.crop)
-        except ImageError as error:
-            raise ShardError(f"{self.shards.where(index)}: {error}") from error
+        return prepare(decode_image(data), self.crop)
 
 
 class _Cache:
     """All prepared images end to end in one shared block of memory, so that workers get a view and not a copy."""
 
     def __init__(self, images: _Images) -> None:
+        self.unreadable = Reasons()
+
+        def decode(index: int) -> np.ndarray:
+            try:
+                return images.decode(index)
+            except ImageError as error:
+                self.unreadable[index] = str(error)
+                return np.empty((0, 0, 3), np.uint8)
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            pixels = list(pool.map(images.decode, range(len(images.shards))))
+            pixels = list(pool.map(decode, range(len(images.shards))))
+        if len(self.unreadable) > images.most:
+            raise too_many(images.shards, dict(sorted(self.unreadable.items())), images.most)
         self.shapes = np.array([p.shape for p in pixels])
         self.ends = np.cumsum([p.size for p in pixels])
         self.block = torch.empty(int(self.ends[-1]), dtype=torch.uint8).share_memory_()
@@ -306,6 +339,8 @@ class _Cache:
             block[end - last.size : end] = last.reshape(-1)
 
     def __getitem__(self, index: int) -> np.ndarray:
+        if index in self.unreadable:
+            raise ImageError(self.unreadable[index])
         shape, end = self.shapes[index], int(self.ends[index])
         return self.block.numpy()[end - int(shape.prod()) : end].reshape(shape)
 

@@ -2,7 +2,8 @@
 
 Each sample has a key such as `00000042` and three components: the encoded image (`jpg`, `png` or `webp`), `cls`, its
 class as ASCII digits for the webdataset library, and `i32`, the same number in four little-endian bytes for DALI, which
-wants labels of one width. Every picture is decoded once before it is written, for the readers cannot skip a bad one.
+wants labels of one width. Every picture is decoded once before it is written: what cannot be read is listed and left
+out here, for evaluation and tokenising stop at such a one, and training allows few.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spectralar.training.data.epochs import EpochOrder
+from spectralar.training.data.unreadable import Reasons
 
 Request = tuple[int, np.ndarray]
 """Epoch and sample indices of one batch."""
@@ -29,6 +30,13 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; the copy overlaps other work where the memory is pinned."""
         return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+
+class Answer(NamedTuple):
+    """A batch, and the samples that it would have held if they could be read, with the reasons."""
+
+    batch: Batch
+    unreadable: Reasons
 
 
 class Requests(Sampler[Request]):

@@ -221,7 +221,7 @@ def test_the_global_random_state_is_left_alone(mixed):
 def test_encoded_batches_hold_untouched_jpegs_and_decoded_others(mixed):
     shards = ShardSet.open(mixed)
     indices = np.arange(len(shards))[::-1].copy()
-    batch = EncodedImages(shards, Crop(64, "random", resize=80), 3)[(1, indices)]
+    batch = EncodedImages(shards, Crop(64, "random", resize=80), 3, 0)[(1, indices)]
     assert batch.files.dtype == torch.uint8 and len(batch.files) == batch.ends[-1]
     others = []
     for i, (end, index) in enumerate(zip(batch.ends, indices.tolist(), strict=True)):
