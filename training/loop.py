@@ -268,9 +268,9 @@ class Trainer:
         batches = iter(self.loader)
         losses = self.ranks.by_first(lambda: [r["val_loss"] for r in read_log(self.out) if "val_loss" in r])
         best = min(losses, default=math.inf)
-        meter = Meter(self.ranks)
+        meter = Meter(self.ranks, self.device)
         while self.step < self.loop.steps:
-            inputs = [t for _ in range(self.optim.accumulation) for t in next(batches)]
+            inputs = [t for _ in range(self.optim.accumulation) for t in meter.fetch(batches)]
             scalars = self.advance(inputs)
             self._place = self.loader.state_dict()
             self._log(meter, journal)
@@ -330,8 +330,11 @@ class Trainer:
         if reading is None:
             return
         self._check_finite(reading.first_bad)
-        figures = {**reading.means, "lr": reading.lr, "images_per_second": reading.images_per_second}
+        rates = {"images_per_second": reading.images_per_second, "loader_wait": reading.loader_wait}
+        figures = {**reading.means, "lr": reading.lr, **rates}
         line = f"loss {reading.means['loss']:.4f}  {reading.images_per_second:,.0f} images/s"
+        if reading.loader_wait >= 0.01:
+            line += f"  {reading.loader_wait:.0%} waiting for the loader"
         if unreadable := self._unreadable():
             figures["unreadable"] = unreadable
             line += f"  {unreadable:,} unreadable"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from spectralar.training.distributed import Ranks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class Reading:
         lr: its learning rate.
         means: means of the scalars over the steps and ranks.
         images_per_second: of all ranks.
+        loader_wait: share of the time in which this rank's device stood still for the loader, at most; its start
+            counts.
         first_bad: number of the run's first step whose loss or gradient was not finite, on this rank.
     """
 
@@ -27,6 +33,7 @@ class Reading:
     lr: float
     means: dict[str, float]
     images_per_second: float
+    loader_wait: float
     first_bad: int
 
 
@@ -37,14 +44,26 @@ class Meter:
 
     Args:
         ranks: the processes that train together; all must close and take at the same steps.
+        device: where the steps run.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self._ranks = ranks
+        self._step_done = torch.cuda.Event() if device.type == "cuda" else None
         self._sums: dict[str, Tensor] = {}
         self._steps, self._images = 0, 0
+        self._waited = 0.0
         self._began = time.perf_counter()
-        self._sent: tuple[int, float, int, list[str], Tensor, torch.cuda.Event | None] | None = None
+        self._sent: tuple[int, float, int, float, list[str], Tensor, torch.cuda.Event | None] | None = None
+
+    def fetch(self, batches: Iterator[T]) -> T:
+        """The next batch. Time for it counts as waiting where the device has done all steps before it comes."""
+        began = time.perf_counter()
+        batch = next(batches)
+        # The host is ahead of a GPU: that it waits does not mean that the GPU does.
+        if self._step_done is None or self._step_done.query():
+            self._waited += time.perf_counter() - began
+        return batch
 
     def add(self, scalars: dict[str, Tensor], images: int) -> None:
         """Counts a step of `images` samples of this rank."""
@@ -52,6 +71,8 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0) + value
         self._steps += 1
         self._images += images
+        if self._step_done is not None:
+            self._step_done.record()
 
     def close(self, step: int, lr: float, first_bad: Tensor) -> None:
         """Sends the means of the steps since the last call; the reading before must have been taken."""
@@ -63,22 +84,23 @@ class Meter:
             values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._sent = step, lr, self._images, list(self._sums), values, arrived
-        self._sums, self._steps, self._images = {}, 0, 0
+        self._sent = step, lr, self._images, self._waited, list(self._sums), values, arrived
+        self._sums, self._steps, self._images, self._waited = {}, 0, 0, 0.0
 
     def take(self) -> Reading | None:
         """What was sent, once it is there; None where nothing is on its way."""
         if self._sent is None:
             return None
-        step, lr, images, names, values, arrived = self._sent
+        step, lr, images, waited, names, values, arrived = self._sent
         self._sent = None
         if arrived is not None:
             arrived.synchronize()
         now = time.perf_counter()
-        rate = images * self._ranks.world / (now - self._began)
+        elapsed = now - self._began
         self._began = now
         *means, first_bad = values.tolist()
-        return Reading(step, lr, dict(zip(names, means, strict=True)), rate, int(first_bad))
+        rate = images * self._ranks.world / elapsed
+        return Reading(step, lr, dict(zip(names, means, strict=True)), rate, min(1.0, waited / elapsed), int(first_bad))
 
     def exclude(self, seconds: float) -> None:
         """Leaves time that was not spent on steps out of the rate."""

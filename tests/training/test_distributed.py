@@ -87,7 +87,7 @@ def assert_close_runs(one: Path, two: Path, tolerance: float = 1e-5) -> None:
             torch.testing.assert_close(a[name], b[name], rtol=0, atol=10 * tolerance, msg=name)
     for a_record, b_record in zip(read_log(one), read_log(two), strict=True):
         assert a_record.keys() == b_record.keys()
-        for name in a_record.keys() - {"images_per_second", "note"}:
+        for name in a_record.keys() - {"images_per_second", "loader_wait", "note"}:
             assert a_record[name] == pytest.approx(b_record[name], rel=tolerance, abs=tolerance), name
 
 

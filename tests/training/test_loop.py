@@ -96,7 +96,7 @@ def test_the_log_is_json_and_is_cut_back_on_resuming(bench: Bench, tmp_path: Pat
     records = strict_lines(tmp_path)
     assert [r["step"] for r in records] == list(range(1, 13))
     names = {"step", "loss", "pixel", "codebook", "commitment", "codes_used", "gradient_norm", "lr"}
-    assert all(r.keys() == names | {"images_per_second"} for r in records)
+    assert all(r.keys() == names | {"images_per_second", "loader_wait"} for r in records)
     assert [r["lr"] for r in records] == [OPTIMIZER.lr_at(step, 12) for step in range(12)]
 
 

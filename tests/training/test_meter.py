@@ -26,7 +26,7 @@ def scalar(value: float) -> torch.Tensor:
 
 
 def test_means_and_rates_are_of_the_steps_since_the_last_reading(clock: list[float]) -> None:
-    meter, never = Meter(ALONE), torch.tensor(2**62, device=DEVICE)
+    meter, never = Meter(ALONE, DEVICE), torch.tensor(2**62, device=DEVICE)
     assert meter.take() is None
     meter.add({"loss": scalar(1.0), "norm": scalar(8.0)}, 3)
     meter.add({"loss": scalar(2.0), "norm": scalar(4.0)}, 5)
@@ -46,9 +46,55 @@ def test_means_and_rates_are_of_the_steps_since_the_last_reading(clock: list[flo
     assert later.images_per_second == pytest.approx(9 / 3.0) and later.first_bad == 3
 
 
+def test_waiting_is_the_loader_s_time_on_an_idle_device(clock: list[float]) -> None:
+    meter, never = Meter(ALONE, torch.device("cpu")), torch.tensor(2**62)
+
+    def batches() -> Iterator[int]:
+        for i in range(3):
+            clock[0] += 2.0
+            yield i
+
+    loader = batches()
+    for expected in range(2):
+        assert meter.fetch(loader) == expected
+        clock[0] += 3.0  # the step
+        meter.add({"loss": scalar(1.0).cpu()}, 1)
+    meter.close(2, 0.1, never)
+    assert meter.fetch(loader) == 2  # of the next reading
+    clock[0] += 8.0
+    first = meter.take()
+    assert first is not None and first.loader_wait == pytest.approx(4.0 / 20.0)
+    clock[0] += 10.0
+    meter.add({"loss": scalar(1.0).cpu()}, 1)
+    meter.close(3, 0.1, never)
+    later = meter.take()
+    assert later is not None and later.loader_wait == pytest.approx(2.0 / 10.0)
+
+
+@pytest.mark.gpu
+def test_a_busy_device_does_not_wait() -> None:
+    meter, never, steps = Meter(ALONE, DEVICE), torch.tensor(2**62, device=DEVICE), iter(range(9))
+    square = torch.randn(8192, 8192, device=DEVICE)
+    square @ square
+    torch.cuda.synchronize()
+    for _ in range(50):  # some 0.3 s and more
+        square @ square
+    meter.add({"loss": scalar(1.0)}, 1)
+    meter.fetch(steps)
+    meter.close(1, 0.1, never)
+    reading = meter.take()
+    assert reading is not None and reading.loader_wait == 0.0
+    torch.cuda.synchronize()
+    meter.fetch(steps)
+    meter.add({"loss": scalar(1.0)}, 1)
+    meter.close(2, 0.1, never)
+    reading = meter.take()
+    assert reading is not None and 0.0 < reading.loader_wait <= 1.0
+
+
 @pytest.mark.gpu
 def test_closing_does_not_wait_for_the_device() -> None:
-    meter, never = Meter(ALONE), torch.tensor(2**62, device="cuda")
+    meter, never = Meter(ALONE, DEVICE), torch.tensor(2**62, device="cuda")
     meter.add({"loss": scalar(1.0)}, 1)
     torch.cuda.set_sync_debug_mode("error")
     try:
