@@ -7,17 +7,38 @@ import functools
 import torch
 import triton
 
-from .config import MAX_ROWS, STEP, StepConfig
+from .config import MAX_ROWS, RING_WARPS, STEP, StepConfig
 from .reference import OPS
+from .ring_plan import TAKEN, slots_of
 from .state import DecodeState, DecodeWeights
 from .step_kernel import decode_step_kernel
 
+# Gluon, which the kernel with the ring is written in, is an experimental part of Triton: it compiles with 3.6 (the one
+# of PyTorch 2.11) and with 3.9. With an older Triton `step_kernel.py` takes all.
+_GLUON = tuple(int(number) for number in triton.__version__.split(".")[:2]) >= (3, 6)
+if _GLUON:
+    from .ring_kernel import decode_ring_kernel
+
 
 def fits(weights: DecodeWeights, rows: int) -> bool:
-    """Whether the persistent step takes weights of these sizes and this number of rows."""
+    """Whether the persistent step takes weights of these sizes and this number of rows; none in fp8."""
     size = weights.width // weights.heads
     return (
-        1 <= rows * weights.group <= MAX_ROWS and weights.width % 64 == 0 and 16 <= size == triton.next_power_of_2(size)
+        weights.qkv.dtype != torch.float8_e4m3fn
+        and 1 <= rows * weights.group <= MAX_ROWS
+        and weights.width % 64 == 0
+        and 16 <= size == triton.next_power_of_2(size)
+    )
+
+
+def rings(weights: DecodeWeights, programs: int) -> bool:
+    """Whether the kernel with the ring takes weights of these sizes, with that number of programs, on a Hopper GPU."""
+    return (
+        weights.qkv.dtype in (torch.bfloat16, torch.float16)
+        and weights.width == 64 * weights.heads
+        and weights.length <= 64
+        and weights.width <= 2 * 8 * programs  # fc2's columns of a program are two tiles
+        and slots_of(weights.width) >= TAKEN
     )
 
 
@@ -34,7 +55,12 @@ def launch(
     else:
         layer, last = until[0], OPS.index(until[1]) + 1
         parts = [(True, 0, layer, 0, len(OPS), False), (False, layer, layer + 1, 0, last, False)]
+    ring = config.ring and _GLUON and programs is None and _hopper(weights.qkv.device)
+    ring = ring and rings(weights, _multiprocessors(weights.qkv.device))
     for embed, begin, end, first_op, last_op, head in parts:
+        if ring:
+            _start_ring(weights, state, config, embed, begin, end, last_op, head)
+            continue
         if programs is None:
             _start(weights, state, config, embed, begin, end, first_op, last_op, head, True)
             continue
@@ -59,6 +85,39 @@ def _bulk_prefetch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _start_ring(
+    weights: DecodeWeights,
+    state: DecodeState,
+    config: StepConfig,
+    embed: bool,
+    begin: int,
+    end: int,
+    last_op: int,
+    head: bool,
+    trace: torch.Tensor | None = None,
+) -> None:
+    """Into `trace`, int64 `[programs, blocks + 1, 5, 2]`, each program writes in nanoseconds when an operation's inputs
+    came and when its results left, the head's behind all blocks: for finding out what it waits for."""
+    w, s = weights, state
+    batch, group, _ = s.x.shape
+    programs = _multiprocessors(w.qkv.device)
+    decode_ring_kernel[(programs,)](
+        s.first, s.tokens, s.start, s.modulations, s.head_modulation, s.keys, s.values, s.x, s.qkv, s.attended,
+        s.hidden, s.logits, w.tokens, w.positions, w.starts, w.qkv, w.qkv_bias, w.query_scale, w.proj, w.proj_bias,
+        w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.head, w.head_bias, s.mailboxes, s.turn,
+        s.turn if trace is None else trace, begin, end,
+        IMAGES=max(1, len(s.tokens)), BATCH=batch, GROUP=group, LENGTH=w.length, HEADS=w.heads, CODES=w.codes,
+        WORDS=s.mailboxes.shape[1], PROGRAMS=programs, EMBED=embed, LAST_OP=last_op, HEAD=head, REFILL=config.refill,
+        TRACE=trace is not None,
+        num_warps=RING_WARPS, enable_fp_fusion=True, launch_cooperative_grid=True,
+    )  # fmt: skip
+
+
 def _start(
     weights: DecodeWeights,
     state: DecodeState,
@@ -79,7 +138,7 @@ def _start(
     decode_step_kernel[(programs,)](
         s.first, s.tokens, s.start, s.modulations, s.head_modulation, s.keys, s.values, s.x, s.qkv, s.attended,
         s.hidden, s.logits, w.tokens, w.positions, w.starts, w.qkv, w.qkv_bias, w.query_scale, w.proj, w.proj_bias,
-        w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.head, w.head_bias, s.mailboxes, s.barrier, begin,
+        w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.head, w.head_bias, s.mailboxes, s.turn, begin,
         end,
         IMAGES=max(1, len(s.tokens)), BATCH=batch, GROUP=group, LENGTH=w.length,
         PADDED=triton.next_power_of_2(w.length), HEADS=w.heads, D=width // w.heads, CODES=w.codes,

@@ -9,12 +9,18 @@ from torch import Tensor
 
 from .config import COUNTERS, EMPTY, MAX_ROWS
 
+MATRICES = ("qkv", "proj", "fc1", "fc2", "head")
+"""The weights of products, nearly all that a step reads."""
+
 
 @dataclass(frozen=True)
 class DecodeWeights:
-    """The weights that a decoding step reads, blocks stacked, contiguous, of one dtype.
+    """The weights that a decoding step reads, blocks stacked, contiguous, of one dtype but for what is said below.
 
     L blocks of width W with H heads of W / H channels, groups of G tokens, N tokens in all, K codes.
+
+    The five `MATRICES` may be in fp8 (`torch.float8_e4m3fn`), all of them, each with an fp32 scale for every output
+    channel: output j is `sum_k(x_k w_jk) scale_j + bias_j`. See fp8.py.
 
     Attributes:
         tokens: `[K, W]`, the row by which a drawn token enters.
@@ -31,6 +37,11 @@ class DecodeWeights:
         fc2_bias: `[L, W]`.
         head: `[K, W]`.
         head_bias: `[K]`.
+        qkv_scale: `[L, 3 W]` with fp8 matrices, else None, as all scales.
+        proj_scale: `[L, W]`.
+        fc1_scale: `[L, 4 W]`.
+        fc2_scale: `[L, W]`.
+        head_scale: `[K]`.
     """
 
     tokens: Tensor
@@ -47,6 +58,21 @@ class DecodeWeights:
     fc2_bias: Tensor
     head: Tensor
     head_bias: Tensor
+    qkv_scale: Tensor | None = None
+    proj_scale: Tensor | None = None
+    fc1_scale: Tensor | None = None
+    fc2_scale: Tensor | None = None
+    head_scale: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tables and biases, and of what goes into products."""
+        return self.qkv_bias.dtype
+
+    def scale(self, name: str, layer: int) -> Tensor | None:
+        """The scales of a block's matrix of that name, `[O]`; None where it is not fp8."""
+        scales = getattr(self, f"{name}_scale")
+        return None if scales is None else scales[layer]
 
     @property
     def depth(self) -> int:
@@ -85,7 +111,7 @@ class DecodeState:
 
     B images are drawn by R rows of the transformer: R = B, or 2 B with guidance, the second half without class. Row r
     reads the tokens of image r mod B. Activations between blocks are fp32 (fp64 with fp64 weights), the other
-    intermediates have the weights' dtype.
+    intermediates have the weights' dtype (`DecodeWeights.dtype`).
 
     Attributes:
         first: `[]` int64, position of the first token of the coming group; the caller moves it on.
@@ -101,7 +127,7 @@ class DecodeState:
         hidden: `[R, G, 4 W]`.
         logits: `[R, G, K]` fp32.
         mailboxes: `[2, words]` int32, the persistent kernel's, for few rows; the next set is empty between steps.
-        barrier: `[64]` int32, the persistent kernel's: which set of mailboxes is next, and how many programs are done.
+        turn: `[64]` int32, the persistent kernel's: which set of mailboxes is next, and how many programs are done.
     """
 
     first: Tensor
@@ -117,12 +143,12 @@ class DecodeState:
     hidden: Tensor
     logits: Tensor
     mailboxes: Tensor
-    barrier: Tensor
+    turn: Tensor
 
     @staticmethod
     def allocate(weights: DecodeWeights, images: int, rows: int) -> DecodeState:
         """Buffers for `images` images drawn by `rows` rows; activations, caches and tokens are not initialised."""
-        w, device, dtype = weights, weights.qkv.device, weights.qkv.dtype
+        w, device, dtype = weights, weights.qkv.device, weights.dtype
         wide = torch.promote_types(dtype, torch.float32)
 
         def buffer(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -144,7 +170,7 @@ class DecodeState:
             hidden=buffer(rows, w.group, 4 * w.width),
             logits=buffer(rows, w.group, w.codes, of=wide),
             mailboxes=torch.full((2, words), EMPTY, dtype=torch.int32, device=device),
-            barrier=torch.zeros(COUNTERS, dtype=torch.int32, device=device),
+            turn=torch.zeros(COUNTERS, dtype=torch.int32, device=device),
         )
 
 

@@ -376,7 +376,7 @@ def decode_step_kernel(
     p_qkv_weight, p_qkv_bias, p_query_scale, p_proj_weight, p_proj_bias,
     p_fc1_weight, p_fc1_bias, p_fc2_weight, p_fc2_bias, p_head_weight, p_head_bias,
     p_mailboxes,  # as in DecodeState
-    p_turn,  # DecodeState.barrier
+    p_turn,  # DecodeState.turn
     i_begin,  # blocks from this one
     i_end,  # to before this one
     IMAGES: tl.constexpr, BATCH: tl.constexpr, GROUP: tl.constexpr, LENGTH: tl.constexpr, PADDED: tl.constexpr,

@@ -29,6 +29,7 @@ _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.uint8: "u8",
@@ -122,8 +123,10 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = kind(launch.kernel, launch.signature, launch.constants, launch.attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     registers, spilled = _resources(kernel.asm["cubin"])
     names = [p.name for p in launch.kernel.params]

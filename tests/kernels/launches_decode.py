@@ -7,6 +7,17 @@ from unittest import mock
 import torch
 
 from spectralar.kernels.decode import DecodeState, DecodeWeights, launch
+from spectralar.kernels.decode.config import StepConfig
+
+RING_SIZES = (
+    (1024, 1, torch.bfloat16),
+    (1024, 4, torch.bfloat16),
+    (1024, 1, torch.float16),
+    (1280, 1, torch.bfloat16),
+    (1536, 1, torch.bfloat16),
+    (1920, 1, torch.bfloat16),
+)
+"""Width, tokens of a group, and dtype of what the kernel with the ring is compiled for."""
 
 
 def empty_weights(
@@ -38,8 +49,23 @@ def empty_weights(
 
 
 def sample_launches(capability: int = 90) -> None:
-    """Launches of a step: d16, one image with guidance, and in groups of four; for a GPU of that compute capability."""
-    with mock.patch.object(launch, "_bulk_prefetch", lambda device: capability >= 90):
+    """Launches of a step: d16, one image with guidance, and in groups of four; for a GPU of that compute capability.
+
+    On Hopper with both kernels, and with the ring d20, d24 and d30, too, and fp16.
+    """
+    hopper = capability == 90
+    with (
+        mock.patch.object(launch, "_bulk_prefetch", lambda device: hopper),
+        mock.patch.object(launch, "_hopper", lambda device: hopper),
+    ):
         for group in (1, 4):
             weights = empty_weights(1024, group=group)
+            launch.launch(weights, DecodeState.allocate(weights, 1, 2), config=StepConfig(ring=False))
+        if not hopper:
+            return
+        for width, group, dtype in RING_SIZES:
+            weights = empty_weights(width, group=group, dtype=dtype)
             launch.launch(weights, DecodeState.allocate(weights, 1, 2))
+        for refill in ("after", "even"):
+            weights = empty_weights(1024)
+            launch.launch(weights, DecodeState.allocate(weights, 1, 2), config=StepConfig(refill=refill))

@@ -24,6 +24,8 @@ def random_weights(width: int, dtype: torch.dtype = torch.float32, **sizes: Any)
     weights = empty_weights(width, dtype=dtype, device=DEVICE, **sizes)
     for field in fields(weights):
         tensor = getattr(weights, field.name)
+        if tensor is None:  # scales of fp8, which these kernels do not take
+            continue
         fan_in = tensor.shape[-1] if field.name in ("qkv", "proj", "fc1", "fc2", "head") else 4
         tensor.copy_(torch.randn(tensor.shape) / fan_in**0.5)
     weights.query_scale.copy_(torch.rand(weights.query_scale.shape) * 4 + 1)
@@ -54,13 +56,14 @@ def copy(state: DecodeState) -> DecodeState:
 def widened(instance: Any) -> Any:
     """The same in fp64."""
     tensors = {field.name: getattr(instance, field.name) for field in fields(instance)}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     return replace(instance, **{k: v.double() if v.is_floating_point() else v.clone() for k, v in tensors.items()})
 
 
 def assert_within_budget(found: DecodeState, plain: DecodeState, exact: DecodeState, place: object) -> None:
     """Every buffer is off by at most twice what plain PyTorch is, and some rounding; the same cells are written."""
     for field in fields(found):
-        if field.name in ("mailboxes", "barrier"):
+        if field.name in ("mailboxes", "turn"):
             continue
         ours, theirs, right = (getattr(s, field.name) for s in (found, plain, exact))
         if not ours.is_floating_point():
@@ -142,7 +145,7 @@ def test_a_row_depends_on_nothing_else() -> None:
     state = random_state(weights, 2, 4, 2)
     for field in fields(alone):
         part, whole = getattr(alone, field.name), getattr(state, field.name)
-        if field.name in ("mailboxes", "barrier"):
+        if field.name in ("mailboxes", "turn"):
             continue
         if field.name in ("modulations", "keys", "values"):
             part.copy_(whole[:, ::2])
