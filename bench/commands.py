@@ -123,7 +123,11 @@ def bench_sampler_command(
     if plot is not None:
         wanted = with_curve(wanted, presets[0], backend)
     run = Run("sampler", device, seconds, out, commit)
-    chosen = run.suited(wanted)
+    suited = run.suited(wanted)
+    chosen = [case for case in suited if case.runs_on(run.device)]
+    for case in suited:
+        if case not in chosen:
+            run.console.print(f"left out, as this GPU has no fp8: {case.name}", highlight=False, soft_wrap=True)
     slow = _compiled_ahead(run, chosen) if run.on_gpu and len(chosen) > 1 and backend in ("auto", "fused") else set()
 
     def measured(case: SamplingCase, share: float) -> SamplingMeasurement:

@@ -16,7 +16,7 @@ from spectralar.bench.sampler_truth import Drawn, Judge
 from spectralar.config import GeneratorConfig, TokenizerConfig, ViTConfig, VQGANConfig, generator_preset
 from spectralar.generator import SpectralGenerator
 from spectralar.generator.model import Block
-from spectralar.sampling import BUCKETS, BackendName, Sampler, SamplingSettings
+from spectralar.sampling import BUCKETS, BackendName, Sampler, SamplingSettings, WeightFormat
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.tokenizer.heads import ProxyCodeHead
 
@@ -33,6 +33,7 @@ SETTINGS = SamplingSettings(guidance=2.5, guidance_schedule="ramp", top_k=900, t
 ONE_TOKEN = "one token a step"
 SCALES = "VAR's shapes, 10 scales"
 COMPILED = "torch.compile, steps in a graph"
+BF16 = "ours with weights in bf16"
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -49,6 +50,7 @@ class SamplingCase(Case):
         batch: images at once.
         pixels: the tokenizer's pixel head, or "none" for the tokens alone. Its transformers are of size base.
         backend: of the sampler that is ours.
+        weights: likewise; "same" is bf16.
         aim: what the target asks for beyond its condition.
         brief: a point of a curve, measured shortly and against nobody.
         tiny: models in a size for a CPU.
@@ -58,6 +60,7 @@ class SamplingCase(Case):
     batch: int = 1
     pixels: Pixels = "none"
     backend: BackendName = "auto"
+    weights: WeightFormat = "same"
     aim: Condition | None = None
     brief: bool = field(default=False, compare=False)
     tiny: bool = False
@@ -71,7 +74,7 @@ class SamplingCase(Case):
         config = self.generator_config
         side = 32 if self.tiny else 256
         made = "tokens" if self.pixels == "none" else f"{side}x{side} pixels, {self.pixels} head"
-        size = f"{self.preset}{', tiny' if self.tiny else ''}"
+        size = f"{self.preset}{', tiny' if self.tiny else ''}{'' if self.weights == 'same' else ', fp8 weights'}"
         return f"class -> {made}, {size}, {config.steps} steps, guided, B={self.batch}"
 
     @property
@@ -82,7 +85,7 @@ class SamplingCase(Case):
     def costs(self) -> str:
         config = self.generator_config
         return (
-            f"{config.steps} x {count_bytes(config.decode_weight_bytes())} of weights, "
+            f"{config.steps} x {count_bytes(self.weight_bytes)} of weights, "
             f"{count_bytes(config.cache_traffic(2 * self.batch))} of keys and values, {self.flops() / 1e12:.3g} TFLOP"
         )
 
@@ -102,12 +105,18 @@ class SamplingCase(Case):
         )
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that a step reads; the scales of fp8 are 0.3 % more."""
+        return self.generator_config.decode_weight_bytes(2 if self.weights == "same" else 1)
+
+    @property
     def settings(self) -> SamplingSettings:
         return replace(SETTINGS, top_k=min(SETTINGS.top_k, self.generator_config.codebook_size))
 
     def bytes(self) -> int:
         # The pixel decoder's share is left out: less than a hundredth for one image, bound by its arithmetic for many.
-        return self.generator_config.decode_bytes(2 * self.batch)
+        config = self.generator_config
+        return config.steps * self.weight_bytes + config.cache_traffic(2 * self.batch)
 
     def flops(self) -> int:
         pixels = 0 if self.tokenizer_config is None else self.batch * least_pixel_flops(self.tokenizer_config)
@@ -122,7 +131,16 @@ class SamplingCase(Case):
             random_generator(self.generator_config, device),
             None if self.tokenizer_config is None else random_tokenizer(self.tokenizer_config, device),
             backend=backend,
+            weights=self.weights,
         )
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether the device has arithmetic for the weights."""
+        return self.weights == "same" or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+    def judge(self, sampler: Sampler) -> Judge:
+        """Judges what a sampler of this case draws from its inputs."""
+        return Judge(sampler.generator, sampler.tokenizer, *self.inputs[:2], self.weights)
 
     @property
     def inputs(self) -> tuple[list[int], list[int], SamplingSettings]:
@@ -132,7 +150,7 @@ class SamplingCase(Case):
 
     def workload(self, device: torch.device) -> Workload:
         sampler = self.sampler(device, self.backend)
-        judge = Judge(sampler.generator, sampler.tokenizer, *self.inputs[:2])
+        judge = self.judge(sampler)
 
         def error(result: object) -> float:
             assert isinstance(result, Drawn)
@@ -151,6 +169,9 @@ class SamplingCase(Case):
         if self.generator_config.group > 1:
             whole = replace(self, preset=self.preset.partition("-")[0])
             yield "", Peer(ONE_TOKEN, lambda: draws(whole.sampler(device, self.backend)), "bound")
+        if self.weights != "same":
+            plain = replace(self, weights="same")
+            yield "", Peer(BF16, lambda: draws(plain.sampler(device, self.backend)), "bound")
         yield "graph", Peer("plain PyTorch, steps in a graph", backend("graph"))
         if self.target is None:
             return
@@ -203,9 +224,11 @@ TARGETS = (
     SamplingCase(target="P9", pixels="direct", batch=256, condition=_images_per_second(3500)),
 )
 
+FP8 = (SamplingCase(weights="fp8"), SamplingCase(batch=64, weights="fp8"))
+
 
 def sampling_cases(presets: Sequence[str], batches: Sequence[int], backend: BackendName) -> list[SamplingCase]:
-    """Targets first, then tokens of every preset and batch, then pixels of the first preset.
+    """Targets first, then fp8 weights, then tokens of every preset and batch, then pixels of the first preset.
 
     Raises:
         ValueError: no preset or an unknown one, or a batch outside of 1..1024.
@@ -220,23 +243,25 @@ def sampling_cases(presets: Sequence[str], batches: Sequence[int], backend: Back
     tokens = [SamplingCase(preset=preset, batch=batch) for preset in presets for batch in batches]
     heads: tuple[Pixels, ...] = ("vqgan", "direct")
     pixels = [SamplingCase(preset=p, batch=batch, pixels=h) for p in presets[:1] for h in heads for batch in batches]
-    found: dict[tuple[str, int, Pixels], SamplingCase] = {}
-    for case in (*TARGETS, *tokens, *pixels):
+    # The reference has no weights of its own.
+    fp8 = () if backend == "reference" else FP8
+    found: dict[tuple[str, int, Pixels, WeightFormat], SamplingCase] = {}
+    for case in (*TARGETS, *fp8, *tokens, *pixels):
         if case.preset in presets and case.batch in batches:
-            found.setdefault((case.preset, case.batch, case.pixels), replace(case, backend=backend))
+            found.setdefault((case.preset, case.batch, case.pixels, case.weights), replace(case, backend=backend))
     return list(found.values())
 
 
 def with_curve(cases: Sequence[SamplingCase], preset: str, backend: BackendName) -> list[SamplingCase]:
     """The cases with the batches of `CURVE` that this preset's tokens lack, behind the targets' and its own."""
-    own = [case.preset == preset and case.pixels == "none" for case in cases]
+    own = [case.preset == preset and case.pixels == "none" and case.weights == "same" for case in cases]
     known = {case.batch for case, is_own in zip(cases, own, strict=True) if is_own}
     end = max((i + 1 for i, case in enumerate(cases) if case.target or own[i]), default=0)
     curve = [SamplingCase(preset=preset, batch=b, backend=backend, brief=True) for b in CURVE if b not in known]
     return [*cases[:end], *curve, *cases[end:]]
 
 
-_NAME = re.compile(r"class -> (?:tokens|\d+x\d+ pixels, (\w+) head), ([\w-]+)(, tiny)?, .*, B=(\d+)")
+_NAME = re.compile(r"class -> (?:tokens|\d+x\d+ pixels, (\w+) head), ([\w-]+)(, tiny)?(, fp8 weights)?, .*, B=(\d+)")
 
 
 def case_named(name: str) -> SamplingCase | None:
@@ -244,7 +269,11 @@ def case_named(name: str) -> SamplingCase | None:
     if not (parts := _NAME.fullmatch(name)) or (parts[1] or "none") not in get_args(Pixels):
         return None
     case = SamplingCase(
-        preset=parts[2], batch=int(parts[4]), pixels=cast(Pixels, parts[1] or "none"), tiny=bool(parts[3])
+        preset=parts[2],
+        batch=int(parts[5]),
+        pixels=cast(Pixels, parts[1] or "none"),
+        weights="fp8" if parts[4] else "same",
+        tiny=bool(parts[3]),
     )
     try:
         return case if case.name == name else None

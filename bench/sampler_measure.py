@@ -20,7 +20,7 @@ from spectralar.bench.sampler_split import split_by_operation
 from spectralar.bench.sampler_truth import Drawn, Judge, Verdict
 from spectralar.bench.split import Part, split_by_kernel
 from spectralar.bench.timing import Call, Inputs, Sampler, release, run_once, summarize
-from spectralar.sampling import memory_needed
+from spectralar.sampling import WeightError, memory_needed, weight_error
 from spectralar.sampling.captured import bucket
 
 _FEWEST, _MOST = 7, 40
@@ -41,6 +41,7 @@ class SamplingMeasurement(Measurement):
         kernels: where the time of one generation goes, by kernel.
         operations: the same for one step, by operation of the fused backend.
         dropped: tables that there was no time for.
+        weight_error: what weights in fp8 change, along the sequences that were drawn.
     """
 
     backend: str
@@ -51,6 +52,7 @@ class SamplingMeasurement(Measurement):
     kernels: tuple[Part, ...] = ()
     operations: tuple[Part, ...] = ()
     dropped: tuple[str, ...] = ()
+    weight_error: WeightError | None = None
 
 
 def measure_sampling(
@@ -79,7 +81,7 @@ def measure_sampling(
     end = time.monotonic() + seconds
     sampler = case.sampler(device, case.backend)
     classes, seeds, settings = inputs = case.inputs
-    judge = Judge(sampler.generator, sampler.tokenizer, classes, seeds)
+    judge = case.judge(sampler)
     ours = draws(sampler)
     drawn, first_call, memory = _first_call(ours, inputs, device)
     sampled = judge(drawn)
@@ -97,6 +99,7 @@ def measure_sampling(
         greedy=greedy,
         memory=memory,
         estimate=None if sampler.backend == "reference" or case.pixels != "none" else _estimate(case),
+        weight_error=None if case.weights == "same" else weight_error(sampler.generator, classes, drawn.tokens),
     )
     if not found.right:
         return found
@@ -200,7 +203,7 @@ def _first_call(call: Callable[..., Drawn], inputs: Inputs, device: torch.device
 
 
 def _estimate(case: SamplingCase) -> int:
-    return sum(memory_needed(case.generator_config, bucket(case.batch), guided=True))
+    return sum(memory_needed(case.generator_config, bucket(case.batch), guided=True, weights=case.weights))
 
 
 def _drawn(result: object) -> Drawn:

@@ -63,7 +63,8 @@ def draw_latency(lines: Sequence[dict[str, Any]], path: Path, ceilings: Ceilings
     named = [(case_named(line["case"]), line) for line in lines if line["median"] is not None]
     points = [(case, line) for case, line in named if case is not None]
     latest = {case: line for case, line in points if line["gpu"] == points[-1][1]["gpu"]}
-    shown = sorted((case for case in latest if case.pixels == "none"), key=lambda case: case.batch)
+    tokens = (case for case in latest if case.pixels == "none" and case.weights == "same")
+    shown = sorted(tokens, key=lambda case: case.batch)
     if not shown:
         return False
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")

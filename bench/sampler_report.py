@@ -20,10 +20,11 @@ from spectralar.bench.report import (
     ratio,
     targets_met,
 )
-from spectralar.bench.sampler import ONE_TOKEN, SamplingCase, count_bytes
+from spectralar.bench.sampler import BF16, ONE_TOKEN, SamplingCase, count_bytes
 from spectralar.bench.sampler_measure import SamplingMeasurement
 from spectralar.bench.timing import Timing
 
+_OTHER = {ONE_TOKEN: "other steps", BF16: "other weights"}
 _COLUMNS = "|median|p20 - p80|images/s|of copy|of GEMM|error|ratio|first call|calls".split("|")
 
 
@@ -31,6 +32,8 @@ def print_sampling(m: SamplingMeasurement, ceilings: Ceilings, console: Console)
     """Times of ours and its rivals, what was right about them, memory, and where the time goes."""
     case = sampling_case(m)
     console.print(f"  {_verdicts(m)}", highlight=False, soft_wrap=True)
+    if m.weight_error is not None:
+        console.print(f"  {m.weight_error}", highlight=False, soft_wrap=True)
     if m.ours is None:
         print_verdict(m, console)
         return
@@ -99,7 +102,7 @@ def _verdicts(m: SamplingMeasurement) -> str:
 def _rival(m: SamplingMeasurement, rival: Rival, timing: Timing, ceilings: Ceilings) -> list[str]:
     if rival.role == "bound":
         # Another model: its time is shown, and nothing is said of what it drew.
-        told = "other steps" if rival.name == ONE_TOKEN else "other model"
+        told = _OTHER.get(rival.name, "other model")
         return [f"  {rival.name}", *_figures(m, timing, None), "", told, *calls(timing)]
     figures = _figures(m, timing, ceilings)
     return [f"  {rival.name}", *figures, f"{rival.error:.2g}", ratio(m, rival), *calls(timing)]

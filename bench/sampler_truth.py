@@ -19,7 +19,8 @@ from spectralar.bench.ceilings import tf32
 from spectralar.generator import SpectralGenerator
 from spectralar.images import to_uint8
 from spectralar.kernels.draw import reference
-from spectralar.sampling import SamplingSettings
+from spectralar.sampling import SamplingSettings, WeightFormat
+from spectralar.sampling.rounding import round_to_fp8
 from spectralar.tokenizer import SpectralTokenizer
 
 IMAGES = 64
@@ -69,6 +70,7 @@ class Judge:
         tokenizer: likewise, or None where no pictures are made.
         classes: of the images.
         seeds: of the images.
+        weights: of the sampler; those of fp8 are what is exact, and plain PyTorch has them in the generator's dtype.
     """
 
     def __init__(
@@ -77,9 +79,13 @@ class Judge:
         tokenizer: SpectralTokenizer | None,
         classes: Sequence[int],
         seeds: Sequence[int],
+        weights: WeightFormat = "same",
     ) -> None:
         device, batch = generator.device, len(classes)
         self._plain, self._exact = generator, copy.deepcopy(generator).float()
+        if weights == "fp8":
+            round_to_fp8(self._exact)
+            self._plain = copy.deepcopy(self._exact).to(generator.positions.dtype)
         self._plain_decoder, self._exact_decoder = tokenizer, copy.deepcopy(tokenizer)
         if self._exact_decoder is not None:
             self._exact_decoder.float()

@@ -16,7 +16,7 @@ from spectralar.config import to_dict
 from spectralar.devices import auto_device
 from spectralar.pictures import coarse_to_fine, grid, sample_rows, to_image
 from spectralar.pipeline import SpectralAR
-from spectralar.sampling import BackendName, SamplingSettings
+from spectralar.sampling import BackendName, SamplingSettings, WeightFormat, weight_error
 from spectralar.weights import EMBEDDED
 
 GOOD_LOOKING = SamplingSettings(guidance=2.0, guidance_schedule="ramp", top_p=0.92)
@@ -44,6 +44,7 @@ def sample(
     folder: Path | None = None,
     device: str = "auto",
     backend: BackendName = "auto",
+    weights: WeightFormat = "same",
 ) -> None:
     """Draw pictures: a labelled grid, and beside it one picture from its first token to its last.
 
@@ -58,11 +59,12 @@ def sample(
         folder: also write every picture by itself into this folder.
         device: auto, cpu or cuda.
         backend: auto, reference (eager PyTorch), graph (the same in CUDA graphs) or fused (kernels of our own).
+        weights: same (the model's), or fp8: half the bytes a step reads; then a line says what that changes.
     """
     if columns < 1:
         raise ValueError(f"columns must be at least 1, not {columns}")
     console = Console(stderr=True)
-    loaded = SpectralAR.from_pretrained(model, device=auto_device(device), backend=backend)
+    loaded = SpectralAR.from_pretrained(model, device=auto_device(device), backend=backend, weights=weights)
     chosen = loaded.find_classes(classes or (EXAMPLES if model == str(EMBEDDED) else spread_classes(loaded)))
     began = time.perf_counter()
     rows = sample_rows(loaded, chosen, columns=columns, seed=seed, settings=settings, length=length)
@@ -80,6 +82,9 @@ def sample(
         f"{len(chosen) * columns} pictures in {seconds:.1f} s on {loaded.generator.device}, backend {loaded.backend} "
         f"({escape(loaded.backend_reason)}): {escape(f'{out}, {steps}')}"
     )
+    if weights == "fp8":
+        tokens = loaded.sample_tokens(chosen, [seed] * len(chosen), settings)
+        console.print(str(weight_error(loaded.generator, chosen, tokens)), highlight=False)
 
 
 def info(model: str = str(EMBEDDED)) -> None:

@@ -30,8 +30,8 @@ def auto_device(name: str) -> torch.device:
 def no_collection() -> Iterator[None]:
     """Collects garbage before and not during the block.
 
-    Who records a CUDA graph needs it: trainers and samplers are in reference cycles with their graphs, so the collector may
-    come upon an old one at any time, and its memory cannot be given back while another one is recorded.
+    Who records a CUDA graph needs it: trainers and samplers are in reference cycles with their graphs, so the collector
+    may come upon an old one at any time, and its memory cannot be given back while another one is recorded.
     """
     gc.collect()
     enabled = gc.isenabled()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from spectralar.generator import SpectralGenerator
-from spectralar.sampling import BackendName, Sampler
+from spectralar.sampling import BackendName, Sampler, WeightFormat
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.weights import EMBEDDED
 from spectralar.weights.pretrained import resolve
@@ -20,9 +20,14 @@ class SpectralAR(Sampler):
     tokenizer: SpectralTokenizer
 
     def __init__(
-        self, tokenizer: SpectralTokenizer, generator: SpectralGenerator, *, backend: BackendName = "auto"
+        self,
+        tokenizer: SpectralTokenizer,
+        generator: SpectralGenerator,
+        *,
+        backend: BackendName = "auto",
+        weights: WeightFormat = "same",
     ) -> None:
-        super().__init__(generator, tokenizer, backend=backend)
+        super().__init__(generator, tokenizer, backend=backend, weights=weights)
 
     @classmethod
     def from_pretrained(
@@ -33,6 +38,7 @@ class SpectralAR(Sampler):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         backend: BackendName = "auto",
+        weights: WeightFormat = "same",
     ) -> SpectralAR:
         """Loads both models; without arguments the emoji model that ships inside the package.
 
@@ -42,14 +48,16 @@ class SpectralAR(Sampler):
             device: where the weights go.
             dtype: dtype of the weights.
             backend: see `Sampler`.
+            weights: see `Sampler`; "fp8" keeps those that sampling reads in eight bits.
 
         Raises:
             WeightsError: see `Pretrained.from_pretrained`.
+            ValueError: see `Sampler`.
         """
         folder = resolve(source, revision=revision)
         tokenizer = SpectralTokenizer.from_pretrained(folder, subfolder="tokenizer", device=device, dtype=dtype)
         generator = SpectralGenerator.from_pretrained(folder, subfolder="generator", device=device, dtype=dtype)
-        return cls(tokenizer, generator, backend=backend)
+        return cls(tokenizer, generator, backend=backend, weights=weights)
 
     def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Writes `tokenizer/` and `generator/` under `directory`; see `Pretrained.save_pretrained`."""

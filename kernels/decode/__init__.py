@@ -5,19 +5,30 @@ from __future__ import annotations
 import torch
 
 from . import batch_kernel, launch, reference
+from .fp8 import dequantize, quantize, quantized
 from .state import DecodeState, DecodeWeights
 
-__all__ = ["DecodeState", "DecodeWeights", "decode_step", "implementation", "obstacle"]
+__all__ = [
+    "DecodeState",
+    "DecodeWeights",
+    "decode_step",
+    "dequantize",
+    "implementation",
+    "obstacle",
+    "quantize",
+    "quantized",
+]
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, *, length: int, group: int) -> str:
+def obstacle(device: torch.device, dtype: torch.dtype, *, length: int, group: int, fp8: bool = False) -> str:
     """Why the kernels cannot run on a GPU, in words; empty where they can.
 
     Args:
         device: a CUDA device.
-        dtype: of the weights.
+        dtype: of the weights, with fp8 matrices of the others.
         length: tokens of a sequence.
         group: tokens of a step.
+        fp8: whether matrices are fp8.
     """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"weights must be bfloat16, float16 or float32, not {dtype}"
@@ -25,8 +36,14 @@ def obstacle(device: torch.device, dtype: torch.dtype, *, length: int, group: in
         return f"tokens must be at most 256, not {length}"
     if group > 16:
         return f"group must be at most 16, not {group}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than the A100"
+    if fp8 and capability < (8, 9):
+        return (
+            "fp8 weights need a GPU of compute capability 8.9 or above (Ada, Hopper), "
+            f"and {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+        )
     return ""
 
 
@@ -35,10 +52,10 @@ def implementation(weights: DecodeWeights, rows: int) -> str:
 
     Returns:
         "persistent", one kernel for the whole step, for fp16, bf16 and fp32 weights on a GPU and at most
-        `config.MAX_ROWS` rows times tokens of a group; "batch", a chain of kernels, for more; "reference", plain
-        PyTorch, on a CPU and in fp64.
+        `config.MAX_ROWS` rows times tokens of a group; "batch", a chain of kernels, for more and for fp8 matrices;
+        "reference", plain PyTorch, on a CPU and in fp64.
     """
-    if not weights.qkv.is_cuda or weights.qkv.dtype == torch.float64:
+    if not weights.qkv.is_cuda or weights.dtype == torch.float64:
         return "reference"
     return "persistent" if launch.fits(weights, rows) else "batch"
 

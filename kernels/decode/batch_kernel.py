@@ -182,7 +182,8 @@ def _bring_share(p_next, pieces, BYTES: tl.constexpr, THREADS: tl.constexpr):
 @triton.jit
 def product_kernel(
     p_a,  # [T, K]
-    p_weight,  # [O, K]
+    p_weight,  # [O, K]; fp8 or as a
+    p_scale,  # [O] fp32, or None for 1
     p_bias,  # [O]; not read with PARTIAL
     p_out,  # [T, O]; with PARTIAL [PARTS, T, O]
     p_next,  # the next product's weights, `pieces` pieces of SHARE bytes; not read without SHARE
@@ -202,7 +203,7 @@ def product_kernel(
     PARTIAL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    # out = a weight^T + bias; with PARTIAL without bias, and one part of LENGTH channels for each index of the grid
+    # out = a weight^T scale + bias; with PARTIAL no bias, and one part of LENGTH channels for each index of the grid
     i_m = tl.program_id(0)
     i_n = tl.program_id(1)
     i_part = tl.program_id(2)
@@ -226,19 +227,25 @@ def product_kernel(
             )  # fmt: skip
     if SHARE:
         _bring_share(p_next, pieces, SHARE, THREADS)
+    if p_scale is not None:
+        b_scale = tl.load(p_scale + b_n)
     if not PARTIAL:
         b_bias = tl.load(p_bias + b_n).to(tl.float32)
     _wait(EARLY)
     b_y = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for i_k in tl.range(0, LENGTH, STEP, num_stages=STAGES):
         b_a = tl.load(p_row + i_k)
-        b_w = tl.load(p_column + i_k)
+        # fp8 is exact in every other dtype.
+        b_w = tl.load(p_column + i_k).to(p_a.dtype.element_ty)
         if p_a.dtype.element_ty == tl.float32:
             # Step by step, which rounds less than one long chain of additions. A plain sum would become that chain: the
             # compiler makes it the product's accumulator.
             b_y = tl.fma(tl.dot(b_a, tl.trans(b_w), input_precision="ieee"), 1.0, b_y)
         else:
             b_y = tl.dot(b_a, tl.trans(b_w), b_y)
+    if p_scale is not None:
+        # Parts, too: in fp16 they may be too large without.
+        b_y *= b_scale[None, :]
     if not PARTIAL:
         b_y += b_bias[None, :]
     if GELU:
@@ -383,20 +390,22 @@ def launch_step(weights: DecodeWeights, state: DecodeState, until: tuple[int, st
     for layer in range(w.depth):
         for op in OPS:
             if op == "qkv":
-                _product(normed, w.qkv[layer], w.qkv_bias[layer], s.qkv, w.proj[layer])
+                _product(normed, w.qkv[layer], w.qkv_bias[layer], s.qkv, w.proj[layer], w.scale(op, layer))
             elif op == "attend":
                 _attend(w, s, layer)
             elif op == "proj":
-                partial = _product_parts(s.attended, w.proj[layer], w.fc1[layer])
+                partial = _product_parts(s.attended, w.proj[layer], w.fc1[layer], w.scale(op, layer))
                 _residual(partial, w.proj_bias[layer], s, 2 * layer, normed)
             elif op == "fc1":
-                _product(normed, w.fc1[layer], w.fc1_bias[layer], s.hidden, w.fc2[layer], gelu=True)
+                scale = w.scale(op, layer)
+                _product(normed, w.fc1[layer], w.fc1_bias[layer], s.hidden, w.fc2[layer], scale, gelu=True)
             else:
-                partial = _product_parts(s.hidden, w.fc2[layer], w.qkv[layer + 1] if layer + 1 < w.depth else w.head)
+                following = w.qkv[layer + 1] if layer + 1 < w.depth else w.head
+                partial = _product_parts(s.hidden, w.fc2[layer], following, w.scale(op, layer))
                 _residual(partial, w.fc2_bias[layer], s, 2 * layer + 1, normed)
             if until == (layer, op):
                 return
-    _product(normed, w.head, w.head_bias, s.logits, None)
+    _product(normed, w.head, w.head_bias, s.logits, None, w.head_scale)
 
 
 def _embed(weights: DecodeWeights, state: DecodeState, normed: Tensor) -> None:
@@ -411,15 +420,15 @@ def _embed(weights: DecodeWeights, state: DecodeState, normed: Tensor) -> None:
     )  # fmt: skip
 
 
-def _product_parts(a: Tensor, weight: Tensor, following: Tensor) -> Tensor:
-    """Linear layer without bias, `[R, G, K]` to `[parts, R, G, O]`, to be added; `following` as in `_product`."""
+def _product_parts(a: Tensor, weight: Tensor, following: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Linear layer without bias, `[R, G, K]` to `[parts, R, G, O]`, to be added; arguments as `_product`."""
     rows, inner = a.shape[0] * a.shape[1], a.shape[2]
     config = product_config(rows, a.element_size(), partial=True)
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(len(weight), config.columns)
     count = parts(tiles, inner, config.step)
     dtype = a.dtype if rows >= NARROW_PARTS else torch.float32
     out = a.new_empty((count, *a.shape[:2], len(weight)), dtype=dtype)
-    _product(a, weight, None, out, following, count)
+    _product(a, weight, None, out, following, scale, count)
     return out
 
 
@@ -429,12 +438,13 @@ def _product(
     bias: Tensor | None,
     out: Tensor,
     following: Tensor | None,
+    scale: Tensor | None = None,
     count: int = 1,
     gelu: bool = False,
 ) -> None:
     """Linear layer, `[R, G, K]` to `[R, G, O]`; without bias `count` parts of it, `[count, R, G, O]`.
 
-    `following` are the weights of the next product, if there is one.
+    `following` are the weights of the next product, if there is one; `scale` belongs to fp8 weights.
     """
     rows, inner, outputs = a.shape[0] * a.shape[1], a.shape[2], len(weight)
     config = product_config(rows, a.element_size(), partial=bias is None)
@@ -442,7 +452,7 @@ def _product(
     # The greatest power of two that divides the length, so that no load of the inner dimension needs a mask.
     even = length & -length
     # One piece a thread, of whole 16 bytes.
-    pieces = max(1, min(32 * config.warps // config.columns, even // 8))
+    pieces = max(1, min(32 * config.warps // config.columns, even * weight.element_size() // 16))
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(outputs, config.columns), count)
     threads = 32 * config.warps
     prefetch = config.prefetch if _starts_early(a.device) else None
@@ -450,7 +460,7 @@ def _product(
     if prefetch == "next" and following is not None:
         share, share_count = shares(following.numel() * following.element_size(), math.prod(grid) * threads)
     product_kernel[grid](
-        a, weight, bias, out, following, rows, outputs, share_count,
+        a, weight, scale, bias, out, following, rows, outputs, share_count,
         K=inner, LENGTH=length, ROWS=config.rows, COLUMNS=config.columns, STEP=min(config.step, even),
         STAGES=config.stages, PIECES=pieces if prefetch and not share else 0, SHARE=share, THREADS=threads,
         GELU=gelu, PARTIAL=bias is None, num_warps=config.warps, **_early(a.device),

@@ -41,8 +41,8 @@ def embed(weights: DecodeWeights, state: DecodeState) -> None:
 
 def qkv(weights: DecodeWeights, state: DecodeState, layer: int) -> None:
     _, _, scale, _, shift, _ = state.modulations[layer].unbind(1)
-    normed = modulated_layer_norm(state.x, scale, shift).to(weights.qkv.dtype)
-    state.qkv.copy_(F.linear(normed, weights.qkv[layer], weights.qkv_bias[layer]))
+    normed = modulated_layer_norm(state.x, scale, shift).to(weights.dtype)
+    state.qkv.copy_(_linear(normed, weights.qkv[layer], weights.qkv_bias[layer], weights.scale("qkv", layer)))
 
 
 def attend(weights: DecodeWeights, state: DecodeState, layer: int) -> None:
@@ -64,28 +64,36 @@ def attend(weights: DecodeWeights, state: DecodeState, layer: int) -> None:
 
 def proj(weights: DecodeWeights, state: DecodeState, layer: int) -> None:
     gate = state.modulations[layer][:, None, 0]
-    state.x.add_(gate * _wide_linear(state.attended, weights.proj[layer], weights.proj_bias[layer], state.x))
+    scale = weights.scale("proj", layer)
+    state.x.add_(gate * _linear(state.attended, weights.proj[layer], weights.proj_bias[layer], scale).to(state.x))
 
 
 def fc1(weights: DecodeWeights, state: DecodeState, layer: int) -> None:
     _, _, _, scale, _, shift = state.modulations[layer].unbind(1)
-    normed = modulated_layer_norm(state.x, scale, shift).to(weights.fc1.dtype)
-    state.hidden.copy_(F.gelu(F.linear(normed, weights.fc1[layer], weights.fc1_bias[layer]), approximate="tanh"))
+    normed = modulated_layer_norm(state.x, scale, shift).to(weights.dtype)
+    hidden = _linear(normed, weights.fc1[layer], weights.fc1_bias[layer], weights.scale("fc1", layer))
+    state.hidden.copy_(F.gelu(hidden, approximate="tanh"))
 
 
 def fc2(weights: DecodeWeights, state: DecodeState, layer: int) -> None:
     gate = state.modulations[layer][:, None, 1]
-    state.x.add_(gate * _wide_linear(state.hidden, weights.fc2[layer], weights.fc2_bias[layer], state.x))
+    scale = weights.scale("fc2", layer)
+    state.x.add_(gate * _linear(state.hidden, weights.fc2[layer], weights.fc2_bias[layer], scale).to(state.x))
 
 
 def head(weights: DecodeWeights, state: DecodeState) -> None:
     scale, shift = state.head_modulation.unbind(1)
-    normed = modulated_layer_norm(state.x, scale, shift).to(weights.head.dtype)
-    state.logits.copy_(F.linear(normed, weights.head, weights.head_bias))
+    normed = modulated_layer_norm(state.x, scale, shift).to(weights.dtype)
+    state.logits.copy_(_linear(normed, weights.head, weights.head_bias, weights.head_scale))
 
 
-def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor, like: Tensor) -> Tensor:
-    return F.linear(x, weight, bias).to(like.dtype)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    """`x weight^T + bias` in the dtype of x; with fp8 weights the sum times `scale`."""
+    if scale is None:
+        return F.linear(x, weight, bias)
+    # The sum before its scale may be beyond fp16.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (F.linear(x.to(wide), weight.to(wide)) * scale + bias).to(x.dtype)
 
 
 _BLOCK = {"qkv": qkv, "attend": attend, "proj": proj, "fc1": fc1, "fc2": fc2}

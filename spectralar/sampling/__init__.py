@@ -2,7 +2,8 @@
 
 from spectralar.sampling.captured import BUCKETS
 from spectralar.sampling.engine import Drawn, Engine, EngineClosed, EngineFull, EngineStats
-from spectralar.sampling.packing import Memory, memory_needed
+from spectralar.sampling.packing import Memory, WeightFormat, memory_needed
+from spectralar.sampling.rounding import WeightError, weight_error
 from spectralar.sampling.sampler import BackendName, Sampler, SamplerStep
 from spectralar.sampling.settings import SamplingSettings
 
@@ -18,5 +19,8 @@ __all__ = [
     "Sampler",
     "SamplerStep",
     "SamplingSettings",
+    "WeightError",
+    "WeightFormat",
     "memory_needed",
+    "weight_error",
 ]

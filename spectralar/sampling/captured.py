@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import math
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -15,7 +16,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralar.generator import SpectralGenerator
@@ -26,7 +26,7 @@ from spectralar.kernels.decode import reference as twins
 from spectralar.kernels.draw import draw_group
 from spectralar.pixels import FusedVQGAN
 from spectralar.sampling.graphs import Pool, Recording
-from spectralar.sampling.packing import ClassTables, begin, class_tables, memory_needed, pack
+from spectralar.sampling.packing import ClassTables, Memory, WeightFormat, begin, class_tables, memory_needed, pack
 from spectralar.sampling.settings import SamplingSettings
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.tokenizer.heads import ProxyCodeHead
@@ -64,10 +64,11 @@ class CapturedBackend:
         generator: stays on its device and keeps its dtype.
         step: see `STEPS`.
         pool: for the buffers.
+        weights: see `Sampler`.
     """
 
-    def __init__(self, generator: SpectralGenerator, step: Step, pool: Pool) -> None:
-        self.generator = generator
+    def __init__(self, generator: SpectralGenerator, step: Step, pool: Pool, weights: WeightFormat = "same") -> None:
+        self.generator, self._format = generator, weights
         self._step, self._pool = STEPS[step], pool
         self._lock = threading.Lock()
         self._packed: tuple[DecodeWeights, ClassTables] | None = None
@@ -83,10 +84,12 @@ class CapturedBackend:
             torch.OutOfMemoryError: the buffers do not fit; raised before they are allocated, with the numbers.
         """
         config = self.generator.config
-        with self._begun(classes, seeds, settings, prefix, steps=1) as (tokens, step):
+        self._refresh()
+        with self._filled(classes, seeds, settings, prefix) as batch:
+            step = batch.step(settings)
             for drawn in range(config.group, config.tokens + 1, config.group):
                 step()
-                yield tokens[:, :drawn]
+                yield batch.state.tokens[: len(classes), :drawn]
 
     @torch.inference_mode()
     def draw(self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor) -> Tensor:
@@ -95,42 +98,54 @@ class CapturedBackend:
         Raises:
             torch.OutOfMemoryError: as `steps`.
         """
-        with self._begun(classes, seeds, settings, prefix, steps=self.generator.config.steps) as (tokens, generation):
-            generation()
-            return tokens.clone()
+        tokens = self._draw(classes, seeds, settings, prefix)
+        # To look at all weights takes the host longer than a step: the GPU has begun meanwhile.
+        return self._draw(classes, seeds, settings, prefix) if self._refresh() else tokens
+
+    def _draw(self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor) -> Tensor:
+        with self._filled(classes, seeds, settings, prefix) as batch:
+            batch.generation(settings)()
+            return batch.state.tokens[: len(classes)].clone()
 
     @contextmanager
-    def _begun(
-        self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor, *, steps: int
-    ) -> Iterator[tuple[Tensor, Recording]]:
-        """The tokens of a generation at its start `[B, N]`, and so many steps as they are recorded."""
+    def _filled(self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor) -> Iterator[_Batch]:
+        """Buffers that hold what a generation brings from the host."""
         key = bucket(len(classes)), settings.guidance != 1.0
-        packed = self._up_to_date(*key)
+        packed = self._pack(*key)
         with self._pool.take(("tokens", *key), partial(self._allocate, packed, *key)) as batch:
-            recorded = batch.recorded(settings, steps)
-            batch.begin(classes, seeds, settings.guidance_scales(self.generator.config.steps), prefix)
-            yield batch.state.tokens[: len(classes)], recorded
+            batch.fill(classes, seeds, settings, prefix)
+            yield batch
 
-    def _up_to_date(self, images: int, guided: bool) -> tuple[DecodeWeights, ClassTables]:
-        seen = _traces(self.generator)
+    def _pack(self, images: int, guided: bool) -> tuple[DecodeWeights, ClassTables]:
+        """The weights as steps read them, as they were when they were last looked at."""
         with self._lock:
             if self._packed is None:
-                generator = self.generator
-                needed = memory_needed(generator.config, images, guided, generator.positions.dtype)
-                _check_memory(needed.weights + needed.batch, "weights and buffers", images, generator.device)
-                self._packed = pack(generator), class_tables(generator)
-            elif seen != self._seen:
-                weights, tables = self._packed
-                _overwrite(weights, pack(self.generator))
-                _overwrite(tables, class_tables(self.generator))
-            self._seen = seen
+                needed = self._needed(images, guided)
+                device = self.generator.device
+                _check_memory(needed.weights + needed.batch, "weights and buffers", images, device)
+                self._seen = _traces(self.generator)
+                self._packed = pack(self.generator, self._format), class_tables(self.generator)
             return self._packed
 
+    def _refresh(self) -> bool:
+        """Packs weights again that have changed; whether any had."""
+        seen = _traces(self.generator)
+        with self._lock:
+            if self._packed is None or seen == self._seen:
+                return False
+            weights, tables = self._packed
+            _overwrite(weights, pack(self.generator, self._format))
+            _overwrite(tables, class_tables(self.generator))
+            self._seen = seen
+            return True
+
     def _allocate(self, packed: tuple[DecodeWeights, ClassTables], images: int, guided: bool) -> _Batch:
-        generator = self.generator
-        needed = memory_needed(generator.config, images, guided, generator.positions.dtype)
-        _check_memory(needed.batch, "buffers", images, generator.device)
+        _check_memory(self._needed(images, guided).batch, "buffers", images, self.generator.device)
         return _Batch(*packed, images, guided, self._step)
+
+    def _needed(self, images: int, guided: bool) -> Memory:
+        generator = self.generator
+        return memory_needed(generator.config, images, guided, generator.positions.dtype, self._format)
 
 
 class _Batch:
@@ -145,52 +160,82 @@ class _Batch:
         step: Callable[[DecodeWeights, DecodeState], None],
     ) -> None:
         rows, device = images * (2 if guided else 1), weights.qkv.device
-        self._weights, self._step = weights, step
+        self._weights, self._tables, self._step = weights, tables, step
         self._no_class = len(tables.start) - 1
         self.state = DecodeState.allocate(weights, images, rows)
         # Images that fill the batch up get no prefix, and a step reads what stands in its place: it must be codes.
         self.state.tokens.zero_()
         # What a generation brings from the host comes in one copy: a copy takes as long as reading a block's weights.
-        steps, scales = weights.length // weights.group, self.state.logits.dtype
-        places = (rows, images, 1, -(-steps * scales.itemsize // 8))
+        self._steps, scales = weights.length // weights.group, self.state.logits.dtype
+        places = (rows, images, 1, -(-self._steps * scales.itemsize // 8))
         self._numbers = torch.zeros(sum(places), dtype=torch.int64, device=device)
-        self._rows, self._seeds, given, self._bits = self._numbers.split(places)
-        self._rows.fill_(self._no_class)
-        self._given, self._scales = given[0], self._bits.view(scales)[:steps].fill_(1)
-        self._begin = Recording(lambda: begin(tables, self.state, self._rows), device)
-        self._recorded: dict[tuple[SamplingSettings, int], Recording] = {}
+        self._rows, self._seeds, given, bits = self._numbers.split(places)
+        self._given, self._scales = given[0], bits.view(scales)[: self._steps]
+        # Not pinned: of such memory a copy is done with when it returns, and the next generation may write to it.
+        self._host = torch.zeros(sum(places), dtype=torch.int64)
+        self._host_rows, self._host_seeds, self._host_given, bits = self._host.split(places)
+        self._host_scales = bits.view(scales)[: self._steps]
+        self.fill(torch.empty(0), torch.empty(0), SamplingSettings(), torch.empty(0, 0))
+        # Of a whole generation every step knows its position; 16 bytes apart, as kernels are compiled for such places.
+        self._firsts = torch.zeros(self._steps, 2, dtype=torch.int64, device=device)
+        self._firsts[:, 0] = torch.arange(0, weights.length, weights.group)
+        self._start = Recording(self._begin, device)
+        self._recorded: dict[tuple[SamplingSettings, str], Recording] = {}
 
-    def begin(self, classes: Tensor, seeds: Tensor, scales: list[float], prefix: Tensor) -> None:
-        """Fills in the images of one generation and goes to its start."""
-        rows = F.pad(classes, (0, len(self._rows) - len(classes)), value=self._no_class)
-        given = torch.tensor([prefix.shape[1]])
-        bits = torch.zeros(len(self._bits), dtype=torch.int64)
-        bits.view(self._scales.dtype)[: len(scales)] = torch.tensor(scales, dtype=self._scales.dtype)
-        self._numbers.copy_(torch.cat([rows, F.pad(seeds, (0, len(self._seeds) - len(seeds))), given, bits]))
+    def fill(self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor) -> None:
+        """Takes over the images of one generation; those that fill the batch up have no class."""
+        self._host_rows.fill_(self._no_class)
+        self._host_rows[: len(classes)] = classes
+        self._host_seeds[: len(seeds)] = seeds
+        self._host_given[0] = prefix.shape[1]
+        self._host_scales.copy_(_guidance_scales(settings, self._steps))
+        self._numbers.copy_(self._host)
         if prefix.numel():
             self.state.tokens[: len(prefix), : prefix.shape[1]] = prefix.to(self._rows.device)
-        self._begin()
 
-    def recorded(self, settings: SamplingSettings, steps: int) -> Recording:
-        """Steps with these filters and this temperature, recorded at their first use. Comes before `begin`."""
+    def generation(self, settings: SamplingSettings) -> Recording:
+        """All steps with these filters and this temperature, recorded at their first use."""
+        return self._recording(settings, "generation", self._generate)
+
+    def step(self, settings: SamplingSettings) -> Recording:
+        """One step likewise, which moves on; the first is the next one."""
+        recording = self._recording(settings, "step", self._move_on)
+        self._start()
+        return recording
+
+    def _recording(self, settings: SamplingSettings, what: str, work: Callable[[SamplingSettings], None]) -> Recording:
         # Guidance is read from a tensor.
-        kind = dataclasses.replace(settings, guidance=1.0, guidance_schedule="constant"), steps
+        kind = dataclasses.replace(settings, guidance=1.0, guidance_schedule="constant"), what
         if kind not in self._recorded:
             if len(self._recorded) == _KINDS:
                 del self._recorded[next(iter(self._recorded))]
-            self.state.first.zero_()
-            self._recorded[kind] = Recording(partial(self._draw, *kind), self._rows.device)
+            self._begin()
+            self._recorded[kind] = Recording(partial(work, kind[0]), self._rows.device)
         return self._recorded[kind]
 
-    def _draw(self, settings: SamplingSettings, steps: int) -> None:
-        state = self.state
-        for _ in range(steps):
-            self._step(self._weights, state)
-            draw_group(
-                state.tokens, state.logits, self._seeds, state.first, self._scales, self._given,
-                temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, greedy=settings.greedy,
-            )  # fmt: skip
-            state.first.add_(self._weights.group)
+    def _begin(self) -> None:
+        begin(self._tables, self.state, self._rows)
+
+    def _generate(self, settings: SamplingSettings) -> None:
+        self._begin()
+        for first in self._firsts[:, 0]:
+            self._draw(settings, dataclasses.replace(self.state, first=first))
+
+    def _move_on(self, settings: SamplingSettings) -> None:
+        self._draw(settings, self.state)
+        self.state.first.add_(self._weights.group)
+
+    def _draw(self, settings: SamplingSettings, state: DecodeState) -> None:
+        self._step(self._weights, state)
+        draw_group(
+            state.tokens, state.logits, self._seeds, state.first, self._scales, self._given,
+            temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, greedy=settings.greedy,
+        )  # fmt: skip
+
+
+@functools.lru_cache(_KINDS)
+def _guidance_scales(settings: SamplingSettings, steps: int) -> Tensor:
+    return torch.tensor(settings.guidance_scales(steps), dtype=torch.float64)
 
 
 class CapturedPixels:
@@ -285,7 +330,8 @@ def _check_memory(needed: int, what: str, images: int, device: torch.device) -> 
 def _overwrite(held: DecodeWeights | ClassTables, new: DecodeWeights | ClassTables) -> None:
     """In place, so that graphs that read the old tensors stay valid."""
     for field in dataclasses.fields(held):
-        getattr(held, field.name).copy_(getattr(new, field.name))
+        if (tensor := getattr(held, field.name)) is not None:
+            tensor.copy_(getattr(new, field.name))
 
 
 def _traces(module: nn.Module) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,20 @@ from torch import Tensor
 from spectralar.config import GeneratorConfig
 from spectralar.generator import SpectralGenerator
 from spectralar.generator.model import Block
-from spectralar.kernels.decode import DecodeState, DecodeWeights
+from spectralar.kernels.decode import DecodeState, DecodeWeights, quantize
 from spectralar.kernels.decode.state import mailbox_words
+
+WeightFormat = Literal["same", "fp8"]
+"""In what sampling keeps the weights of its products: the generator's dtype, or fp8 with a scale for every channel."""
 
 
 @torch.no_grad()
-def pack(generator: SpectralGenerator) -> DecodeWeights:
-    """A copy of the weights in the order in which decoding reads them, in the generator's dtype and on its device."""
-    blocks = [block for block in generator.blocks if isinstance(block, Block)]
+def pack(generator: SpectralGenerator, weights: WeightFormat = "same") -> DecodeWeights:
+    """A copy of the weights in the order in which decoding reads them, in the generator's dtype and on its device.
+
+    With "fp8" weights, matrices are in fp8, and there is never a copy of all of them in the generator's dtype.
+    """
+    blocks = _blocks(generator)
     wide = torch.promote_types(generator.positions.dtype, torch.float32)
 
     def stacked(*tensors: Tensor) -> Tensor:
@@ -29,23 +35,43 @@ def pack(generator: SpectralGenerator) -> DecodeWeights:
         attention = block.attention
         return torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])
 
+    found: dict[str, Tensor] = {}
+    for name, layers in matrices(generator).items():
+        if weights == "same":
+            found[name] = stacked(*layers)
+        else:
+            found[name], found[f"{name}_scale"] = quantize(layers)
+    # The head has no layers.
+    found |= {name: tensor[0] for name, tensor in found.items() if name.startswith("head")}
     every = torch.arange(generator.config.codebook_size, device=generator.device)
     return DecodeWeights(
         tokens=generator.embed(every).contiguous(),
         positions=generator.positions.clone(),
         starts=generator.start_positions.clone(),
-        qkv=stacked(*(b.attention.qkv.weight for b in blocks)),
         qkv_bias=stacked(*(bias(b) for b in blocks)),
         query_scale=stacked(*(b.attention.query_scale().to(wide) for b in blocks)),
-        proj=stacked(*(b.attention.proj.weight for b in blocks)),
         proj_bias=stacked(*(b.attention.proj.bias for b in blocks)),
-        fc1=stacked(*(b.fc1.weight for b in blocks)),
         fc1_bias=stacked(*(b.fc1.bias for b in blocks)),
-        fc2=stacked(*(b.fc2.weight for b in blocks)),
         fc2_bias=stacked(*(b.fc2.bias for b in blocks)),
-        head=generator.head.weight.clone(),
         head_bias=generator.head.bias.clone(),
+        **found,
     )
+
+
+def matrices(generator: SpectralGenerator) -> dict[str, list[Tensor]]:
+    """The generator's own weights of products, `decode.MATRICES`, layer by layer, `[O, K]` each."""
+    blocks = _blocks(generator)
+    return {
+        "qkv": [block.attention.qkv.weight for block in blocks],
+        "proj": [block.attention.proj.weight for block in blocks],
+        "fc1": [block.fc1.weight for block in blocks],
+        "fc2": [block.fc2.weight for block in blocks],
+        "head": [generator.head.weight],
+    }
+
+
+def _blocks(generator: SpectralGenerator) -> list[Block]:
+    return [block for block in generator.blocks if isinstance(block, Block)]
 
 
 @dataclass(frozen=True)
@@ -101,28 +127,38 @@ class Memory(NamedTuple):
     batch: int
 
 
-def memory_needed(config: GeneratorConfig, images: int, guided: bool, dtype: torch.dtype = torch.bfloat16) -> Memory:
+def memory_needed(
+    config: GeneratorConfig,
+    images: int,
+    guided: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    weights: WeightFormat = "same",
+) -> Memory:
     """Bytes of packed weights and class tables, and of the buffers of a batch, at most.
 
     Args:
         config: of the generator.
         images: images that are drawn together, as many as the batch is filled up to.
         guided: with guidance, which doubles the rows.
-        dtype: of the weights.
+        dtype: of the generator.
+        weights: see `Sampler`.
     """
     width, depth, codes, group = config.width, config.depth, config.codebook_size, config.group
     size, wide = dtype.itemsize, max(dtype.itemsize, 4)
     rows = images * (2 if guided else 1)
     of_a_class = (6 * depth + 3) * width
-    block = 12 * width**2 + 9 * width
-    ends = 2 * codes * width + codes + (config.tokens + group) * width
-    weights = (depth * block + ends + (config.classes + 1) * of_a_class) * size + depth * config.heads * wide
+    matrix_values, channels = 12 * width**2 * depth + codes * width, 9 * width * depth + codes
+    tables = (codes + config.tokens + group) * width + (config.classes + 1) * of_a_class
+    packed = (channels + tables) * size + depth * config.heads * wide
+    packed += matrix_values * size if weights == "same" else matrix_values + 4 * channels
     cache = 2 * depth * config.tokens * width
     activations = 8 * group * width
     between_blocks = group * (width + codes)
     # The plain twin of the attention copies the keys and values of a block, once or twice each.
     copies = 3 * config.tokens * width
     buffers = rows * ((of_a_class + cache + activations) * size + (between_blocks + copies) * wide)
+    # The plain twin of a product with fp8 weights copies them; 4 W or K rows are the most.
+    widened = 0 if weights == "same" else max(4 * width, codes) * width * wide
     mailboxes = 2 * 4 * mailbox_words(depth, width, rows * group, dtype)
     numbers = 8 * (images * (config.tokens + 1) + rows + config.steps + 2)
-    return Memory(weights, buffers + mailboxes + numbers + _ROUNDING)
+    return Memory(packed, buffers + widened + mailboxes + numbers + _ROUNDING)

@@ -17,6 +17,7 @@ from spectralar.images import to_uint8
 from spectralar.kernels import decode
 from spectralar.sampling.captured import BUCKETS, CapturedBackend, CapturedPixels
 from spectralar.sampling.graphs import Pool
+from spectralar.sampling.packing import WeightFormat
 from spectralar.sampling.reference import ReferenceBackend
 from spectralar.sampling.settings import SamplingSettings
 from spectralar.tokenizer import SpectralTokenizer
@@ -81,13 +82,18 @@ class Sampler:
         tokenizer: needed for pictures; must agree with the generator on tokens and codebook size.
         backend: `reference`, eager PyTorch; `graph`, plain PyTorch recorded in CUDA graphs; `fused`, kernels of our own
             recorded likewise; `auto`, by device. On a CPU nothing is recorded.
+        weights: `same`, in the generator's dtype; `fp8`, eight bits a weight in the matrix products of steps, with a
+            scale for each output channel, and arithmetic in the generator's dtype. What is drawn changes then, and
+            `weight_error` says by how much. For `graph`, and `fused` on GPUs of compute capability 8.9 or above.
 
     Attributes:
         backend: the backend in use, never `auto`; chosen again when the generator moves or changes its dtype.
         backend_reason: why it is.
+        weights: as given.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot run this generator, or models that do not fit.
+        ValueError: an unknown backend or format of weights, or one that cannot run this generator or on this GPU, or
+            models that do not fit.
     """
 
     backend: Chosen
@@ -99,9 +105,12 @@ class Sampler:
         tokenizer: SpectralTokenizer | None = None,
         *,
         backend: BackendName = "auto",
+        weights: WeightFormat = "same",
     ) -> None:
         if backend not in ("auto", *get_args(Chosen)):
             raise ValueError(f"backend must be one of auto, {', '.join(get_args(Chosen))}, not {backend!r}")
+        if weights not in get_args(WeightFormat):
+            raise ValueError(f"weights must be one of {', '.join(get_args(WeightFormat))}, not {weights!r}")
         if tokenizer is not None:
             for name in ("tokens", "codebook_size"):
                 ours, theirs = getattr(generator.config, name), getattr(tokenizer.config, name)
@@ -109,7 +118,7 @@ class Sampler:
                     raise ValueError(f"generator and tokenizer disagree on {name}: {ours} and {theirs}")
             tokenizer.eval()
         self.generator, self.tokenizer = generator.eval(), tokenizer
-        self._asked: BackendName = backend
+        self.weights, self._asked = weights, backend
         self._place: tuple[torch.device, torch.dtype] | None = None
         self._prepare()
 
@@ -247,14 +256,14 @@ class Sampler:
         place = self.generator.device, self.generator.positions.dtype
         if place == self._place:
             return
-        self.backend, self.backend_reason = choose_backend(self.generator, self._asked)
+        self.backend, self.backend_reason = choose_backend(self.generator, self._asked, self.weights)
         self._backend: Backend
         self._pixels: CapturedPixels | None = None
         if self.backend == "reference":
             self._backend = ReferenceBackend(self.generator)
         else:
             pool = Pool(self.generator.device)
-            self._backend = CapturedBackend(self.generator, self.backend, pool)
+            self._backend = CapturedBackend(self.generator, self.backend, pool, self.weights)
             if self.tokenizer is not None:
                 self._pixels = CapturedPixels(self.tokenizer, pool)
         self._place = place
@@ -275,20 +284,32 @@ class Sampler:
         return prefix
 
 
-def choose_backend(generator: SpectralGenerator, asked: BackendName) -> tuple[Chosen, str]:
+def choose_backend(
+    generator: SpectralGenerator, asked: BackendName, weights: WeightFormat = "same"
+) -> tuple[Chosen, str]:
     """The backend that samples from a generator where it is now, and the reason in words.
 
     Raises:
-        ValueError: `fused` was asked for, and its kernels cannot run this generator on this GPU.
+        ValueError: `fused` was asked for, and its kernels cannot run this generator on this GPU, or with these weights
+            nothing that was asked for can.
     """
-    config, device = generator.config, generator.device
+    config, device, fp8 = generator.config, generator.device, weights == "fp8"
     on_gpu, obstacle = device.type == "cuda", ""
     if on_gpu:
-        obstacle = decode.obstacle(device, generator.positions.dtype, length=config.tokens, group=config.group)
+        obstacle = decode.obstacle(device, generator.positions.dtype, length=config.tokens, group=config.group, fp8=fp8)
+    if fp8 and asked == "reference":
+        raise ValueError("weights fp8 are for the backends graph, fused and auto, not reference")
+    # Plain PyTorch is slower with fp8 than with other weights: nobody who does not ask for it wants that.
+    if fp8 and obstacle and asked in ("auto", "fused"):
+        raise ValueError(
+            f"weights fp8 cannot be used by the fused kernels: {obstacle}; use weights same, or backend graph"
+        )
     if asked == "fused" and obstacle:
         raise ValueError(f"backend fused cannot run this generator: {obstacle}; use graph or auto")
     if asked != "auto":
         return asked, "asked for" if on_gpu else f"asked for; nothing is recorded on {device}"
+    if not on_gpu and fp8:
+        return "graph", f"fp8 weights, and nothing is recorded on {device}"
     if not on_gpu:
         return "reference", f"graphs and kernels need a GPU, and the generator is on {device}"
     if obstacle:

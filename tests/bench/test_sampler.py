@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from spectralar.bench.cases import Rival
 from spectralar.bench.sampler import (
     BATCHES,
+    BF16,
+    FP8,
     ONE_TOKEN,
     PRESETS,
     TARGETS,
@@ -47,6 +49,20 @@ def test_a_step_s_weights_and_all_keys_are_the_bytes() -> None:
     assert SamplingCase(preset="d16-p4").bytes() < SamplingCase().bytes() / 3.9
 
 
+def test_fp8_halves_the_weights_alone() -> None:
+    own, fp8 = SamplingCase(batch=64), SamplingCase(batch=64, weights="fp8")
+    assert own.bytes() - fp8.bytes() == 64 * (12 * 1024**2 * 16 + 4096 * 1024)
+    assert fp8.weight_bytes == 205_520_896 and "64 x 206 MB of weights" in fp8.costs
+    assert fp8.flops() == own.flops() and fp8.small().weights == "fp8"
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_fp8_needs_a_gpu_that_has_it(capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda", 0)
+    assert FP8[0].runs_on(gpu) is runs and FP8[0].runs_on(CPU) and SamplingCase().runs_on(gpu)
+
+
 def test_pixels_add_their_operations() -> None:
     tokens, direct, vqgan = (SamplingCase(batch=8, pixels=head) for head in ("none", "direct", "vqgan"))
     assert direct.flops() - tokens.flops() == 8 * TokenizerConfig().decode_flops()
@@ -74,7 +90,18 @@ def test_targets_come_first_and_names_differ() -> None:
     cases = sampling_cases(PRESETS, BATCHES, "auto")
     assert [case.target for case in cases[: len(TARGETS)]] == ["P6", "P8", "P14", "P7", "P7", "P9", "P9"]
     assert not any(case.target for case in cases[len(TARGETS) :])
-    assert len({case.name for case in cases}) == len(cases) == 5 * 4 + 2 * 4
+    assert len({case.name for case in cases}) == len(cases) == 5 * 4 + 2 * 4 + 2
+    # Weights in fp8 come before all that is no target, and what has no fp8 weights is not asked for them.
+    fp8 = [case.name for case in cases if case.weights == "fp8"]
+    assert (
+        fp8
+        == [case.name for case in cases[len(TARGETS) : len(TARGETS) + 2]]
+        == [
+            "class -> tokens, d16, fp8 weights, 64 steps, guided, B=1",
+            "class -> tokens, d16, fp8 weights, 64 steps, guided, B=64",
+        ]
+    )
+    assert all(case.weights == "same" for case in sampling_cases(PRESETS, BATCHES, "reference"))
     assert {case.preset for case in cases if case.pixels != "none"} == {"d16"}
     assert [case.name for case in sampling_cases(("d20",), (8,), "graph")] == [
         "class -> tokens, d20, 64 steps, guided, B=8",
@@ -183,6 +210,20 @@ def test_other_draws_are_wrong(change: Callable[[Drawn], Drawn], settings: dict[
 @pytest.mark.parametrize("token", [-1, 64])
 def test_tokens_that_are_no_codes_are_wrong(token: int) -> None:
     assert judged(TINY, lambda drawn: drawn._replace(tokens=torch.full_like(drawn.tokens, token))).error == torch.inf
+
+
+def test_fp8_draws_are_judged_by_fp8_weights() -> None:
+    case = replace(TINY, batch=64, weights="fp8")
+    own = replace(case, weights="same")
+    sampler, bf16 = case.sampler(CPU, "graph"), own.sampler(CPU, "graph")
+    classes, seeds, settings = case.inputs
+    greedy = replace(settings, greedy=True)
+    for each in (settings, greedy):
+        assert case.judge(sampler)(draws(sampler)(classes, seeds, each)).error <= 1
+    # The other weights draw something else, as do these for a judge of the others.
+    assert case.judge(sampler)(draws(bf16)(classes, seeds, settings)).error > 2
+    assert own.judge(bf16)(draws(sampler)(classes, seeds, settings)).error > 2
+    assert [peer.name for peer in case.peers(CPU)] == [BF16]
 
 
 def test_a_later_image_is_judged_too() -> None:

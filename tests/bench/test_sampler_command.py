@@ -17,7 +17,7 @@ from spectralar.bench.commands import bench_sampler_command
 from spectralar.bench.frame import WrongResultError
 from spectralar.bench.record import Provenance, line_of
 from spectralar.bench.report import print_case
-from spectralar.bench.sampler import ONE_TOKEN, SCALES, TARGETS, SamplingCase
+from spectralar.bench.sampler import BF16, FP8, ONE_TOKEN, SCALES, TARGETS, SamplingCase
 from spectralar.bench.sampler_measure import SamplingMeasurement, measure_sampling
 from spectralar.bench.sampler_report import print_sampling, summary_of
 from spectralar.bench.sampler_split import compile_until, split_by_operation
@@ -206,6 +206,26 @@ def test_without_time_one_peer_is_measured_and_the_rest_is_named(capsys: pytest.
         printed = capsys.readouterr().out
         assert "without plain PyTorch, eager: left out for lack of time" in printed
         assert "left out for lack of time: time by kernel, time by operation" in printed
+
+
+def test_fp8_weights_are_measured_beside_bf16_with_what_they_change(capsys: pytest.CaptureFixture[str]) -> None:
+    m = measure_sampling(FP8[1].small(), CPU, RATES, 60.0)
+    assert m.right and m.ours is not None and m.backend == "graph" and m.best_peer is None
+    assert [(r.name, r.error) for r in m.rivals if r.timing] == [(BF16, None)]
+    assert m.weight_error is not None and 0 < m.weight_error.divergence and m.weight_error.positions == 2 * 8
+    print_sampling(m, RATES, Console(width=150))
+    printed = capsys.readouterr().out
+    assert str(m.weight_error) in printed
+    assert "other weights" in next(line for line in printed.splitlines() if BF16 in line)
+    assert measure_sampling(SamplingCase().small(), CPU, RATES, 60.0).weight_error is None
+
+
+def test_a_gpu_without_fp8_leaves_it_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SamplingCase, "runs_on", lambda case, device: case.weights == "same")
+    bench_sampler_command(("tokens, d16",), ("d16",), (1, 64), seconds=1e-9, device="cpu")
+    printed = capsys.readouterr().out
+    assert "left out, as this GPU has no fp8: class -> tokens, d16, tiny, fp8 weights, 8 steps" in printed
+    assert last_line(printed)["left_out"] and not any("fp8" in name for name in last_line(printed)["left_out"])
 
 
 def test_both_cases_of_a_target_have_conditions_of_their_own() -> None:

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from spectralar.kernels.decode import DecodeState, DecodeWeights, batch_kernel
+from spectralar.kernels.decode import DecodeState, DecodeWeights, batch_kernel, quantized
 from spectralar.kernels.decode.batch_config import WHOLE
 
 
@@ -50,15 +50,23 @@ def sample_launches(capability: int = 90) -> None:
             hidden = torch.empty(rows, 1, 4096, dtype=torch.bfloat16)
             batch_kernel._product(a[:, None], weight, weight[:, 0].contiguous(), hidden, weight, gelu=True)
             batch_kernel._product_parts(hidden, weight.view(1024, 4096), weight)
+            if capability >= 89:
+                scale, weight = torch.ones(4096), weight.to(torch.float8_e4m3fn)
+                batch_kernel._product(a[:, None], weight, weight[:, 0].bfloat16(), hidden, weight, scale, gelu=True)
+                batch_kernel._product_parts(hidden, weight.view(1024, 4096), weight, scale)
         _launch(16, 1024, 64, 1, torch.bfloat16)
         _launch(6, 1536, 256, 4, torch.float16)
         _launch(2, 128, 256, 16, torch.bfloat16)
         _launch(48, 256, 64, 1, torch.float32)
         weights = random_weights(1, 128, 2, 64, 1, 96, torch.bfloat16)
         batch_kernel._attend(weights, DecodeState.allocate(weights, 65, 130), 0)
+        if capability >= 89:
+            _launch(2, 1024, 64, 1, torch.float16, fp8=True)
+            _launch(2, 256, 64, 1, torch.float32, fp8=True)
 
 
-def _launch(rows: int, width: int, length: int, group: int, dtype: torch.dtype) -> None:
+def _launch(rows: int, width: int, length: int, group: int, dtype: torch.dtype, fp8: bool = False) -> None:
     weights = random_weights(1, width, width // 64, length, group, 96, dtype)
+    weights = quantized(weights) if fp8 else weights
     state = DecodeState.allocate(weights, rows // 2, rows)
     batch_kernel.launch_step(weights, state)

@@ -47,13 +47,16 @@ def test_logits_of_the_generator(group: int, token_input: TokenInput) -> None:
         ({"group": 4}, MAX_ROWS // 4 + 1, "batch"),
         ({}, MAX_ROWS + 1, "batch"),
         ({"heads": 15, "width": 15 * 96}, 2, "batch"),
-        ({"qkv": SimpleNamespace(is_cuda=True, dtype=torch.float64)}, 2, "reference"),
+        ({"qkv": SimpleNamespace(is_cuda=True, dtype=torch.float8_e4m3fn)}, 2, "batch"),
+        ({"dtype": torch.float64}, 2, "reference"),
+        ({"qkv": SimpleNamespace(is_cuda=True, dtype=torch.float8_e4m3fn), "dtype": torch.float64}, 2, "reference"),
         ({"qkv": SimpleNamespace(is_cuda=False, dtype=torch.bfloat16)}, 2, "reference"),
     ],
 )
 def test_which_implementation(changes: dict[str, Any], rows: int, expected: str) -> None:
     gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
-    weights: Any = SimpleNamespace(**{"qkv": gpu, "width": 1024, "heads": 16, "group": 1} | changes)
+    sizes = {"width": 1024, "heads": 16, "group": 1}
+    weights: Any = SimpleNamespace(**{"qkv": gpu, "dtype": gpu.dtype, **sizes} | changes)
     assert implementation(weights, rows) == expected
     state: Any = SimpleNamespace(x=torch.empty(rows, 1, 1))
     with (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectralar.kernels.decode import DecodeState, DecodeWeights, batch_kernel, reference
+from spectralar.kernels.decode import DecodeState, DecodeWeights, batch_kernel, quantized, reference
 from spectralar.kernels.decode.batch_config import (
     FP32,
     PARTIAL,
@@ -66,7 +66,11 @@ def copy(source: DecodeState, dtype: torch.dtype | None = None) -> DecodeState:
 
 
 def double(weights: DecodeWeights) -> DecodeWeights:
-    return DecodeWeights(**{f.name: getattr(weights, f.name).double() for f in dataclasses.fields(weights)})
+    """The same in fp64; what is fp8 stays so."""
+    tensors = {field.name: getattr(weights, field.name) for field in dataclasses.fields(weights)}
+    return dataclasses.replace(
+        weights, **{k: v.double() for k, v in tensors.items() if v is not None and v.dtype != torch.float8_e4m3fn}
+    )
 
 
 def assert_close(found: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
@@ -110,6 +114,23 @@ def test_whole_steps(
     weights = random_weights(depth, width, heads, length, group, codes, torch.float32)
     for first in sorted({0, length - group}):
         check(weights, random_state(weights, images, first, guided=False), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("until", [*((1, op) for op in reference.OPS if op != "attend"), None])
+def test_fp8_weights(until: tuple[int, str] | None, dtype: torch.dtype, poisoned_empty: None) -> None:
+    weights = random_weights(2, 64, 4, 6, 2, 33, dtype)
+    # Sums that are beyond fp16 before their scale, and a channel of nothing.
+    weights.fc1_bias.add_(8)
+    weights.fc2[:, 5] = 0.1
+    weights.fc1[:, 3] = 0
+    check(quantized(weights), random_state(weights, 1, 4), until)
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 8, 16])
+def test_few_and_many_rows_with_fp8_weights(images: int) -> None:
+    weights = quantized(random_weights(1, 64, 1, 4, 1, 33, torch.float16))
+    check(weights, random_state(weights, images, 2, guided=False), None)
 
 
 @pytest.mark.parametrize("tiles", [1, 2])
@@ -204,6 +225,20 @@ def test_large_steps_on_a_gpu(images: int, group: int) -> None:
 def test_widths_and_types_on_a_gpu(width: int, dtype: torch.dtype) -> None:
     weights = random_weights(1, width, width // 64, 256, 16, 1000, dtype, "cuda")
     check(weights, random_state(weights, 2, 48, device="cuda"), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("images", [1, 4, 8, 16, 32, 64, 128, 300])
+def test_fp8_weights_on_a_gpu(images: int, dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    weights = quantized(random_weights(2, 1024, 16, 64, 1, 4096, dtype, "cuda"))
+    for first in (0, 63):
+        state = random_state(weights, images, first, device="cuda")
+        for op in reference.OPS:
+            check(weights, state, (1, op))
+        check(weights, state, None)
 
 
 @pytest.mark.gpu

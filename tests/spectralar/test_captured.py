@@ -216,7 +216,7 @@ def test_changed_weights_are_noticed(generator: SpectralGenerator, change: Calla
 
 def test_unchanged_weights_are_packed_once(generator: SpectralGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(captured, "pack", lambda model: calls.append(model) or pack(model))
+    monkeypatch.setattr(captured, "pack", lambda *given: calls.append(given) or pack(*given))
     sampler = Sampler(generator, backend="graph")
     for settings in SETTINGS:
         sampler.sample_tokens(CLASSES, SEEDS, settings)

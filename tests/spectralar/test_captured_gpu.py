@@ -12,7 +12,15 @@ from torch import Tensor
 
 from spectralar.config import GeneratorConfig
 from spectralar.generator import SpectralGenerator
-from spectralar.sampling import BackendName, Engine, Sampler, SamplingSettings, captured, memory_needed
+from spectralar.sampling import (
+    BackendName,
+    Engine,
+    Sampler,
+    SamplingSettings,
+    WeightFormat,
+    captured,
+    memory_needed,
+)
 from spectralar.sampling.captured import CapturedBackend
 from spectralar.sampling.graphs import Pool
 from tests.spectralar.differing import differing
@@ -146,14 +154,19 @@ def test_changed_weights(make_generator: Make, backend: BackendName) -> None:
     assert sampler.sample_tokens(*arguments).device.type == "cpu"
 
 
+@pytest.mark.parametrize("weights", ["same", "fp8"])
 @pytest.mark.parametrize("backend", CAPTURED)
-def test_memory_stays_within_what_was_said(generator: SpectralGenerator, backend: BackendName) -> None:
-    needed = memory_needed(generator.config, 256, True)
+def test_memory_stays_within_what_was_said(
+    generator: SpectralGenerator, backend: BackendName, weights: WeightFormat
+) -> None:
+    if weights == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    needed = memory_needed(generator.config, 256, True, weights=weights)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
-    sampler = Sampler(generator, backend=backend)
+    sampler = Sampler(generator, backend=backend, weights=weights)
     sampler.sample_tokens(*requests(256), GUIDED)
     taken = torch.cuda.max_memory_reserved() - before
     print(f"{taken / 2**20:.0f} MiB of {sum(needed) / 2**20:.0f}")
