@@ -51,9 +51,9 @@ def implementation(weights: DecodeWeights, rows: int) -> str:
     """How `decode_step` computes a step of `rows` rows with these weights.
 
     Returns:
-        "persistent", one kernel for the whole step, for fp16, bf16 and fp32 weights on a GPU and at most
-        `config.MAX_ROWS` rows times tokens of a group; "batch", a chain of kernels, for more and for fp8 matrices;
-        "reference", plain PyTorch, on a CPU and in fp64.
+        "persistent", one kernel for the whole step, for fp16, bf16 and fp32 weights on a GPU, on Hopper with fp8
+        matrices too (`launch.rings`), and at most `config.MAX_ROWS` rows times tokens of a group; "batch", a chain of
+        kernels, for all else; "reference", plain PyTorch, on a CPU and in fp64.
     """
     if not weights.qkv.is_cuda or weights.dtype == torch.float64:
         return "reference"

@@ -15,6 +15,7 @@ class StepConfig:
         ahead: tiles of weights on their way to a thread, 16 bytes each.
         prefetch: products whose weights come to the L2 cache before a product, on Hopper; 0 for none.
         ring: whether weights come through a ring in shared memory where `launch.rings`; then only `refill` matters.
+            The other kernel has no fp8.
         refill: when weights are asked for that take the place of others in the ring: "before" an operation waits for
             its inputs; "after" they are there; "even", after as well, but about as many in each operation, so that
             fewer are on their way while inputs are waited for.

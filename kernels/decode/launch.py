@@ -21,25 +21,30 @@ if _GLUON:
 
 
 def fits(weights: DecodeWeights, rows: int) -> bool:
-    """Whether the persistent step takes weights of these sizes and this number of rows; none in fp8."""
+    """Whether the persistent step takes weights of these sizes and this number of rows; fp8 only by the ring."""
     size = weights.width // weights.heads
     return (
-        weights.qkv.dtype != torch.float8_e4m3fn
-        and 1 <= rows * weights.group <= MAX_ROWS
+        1 <= rows * weights.group <= MAX_ROWS
         and weights.width % 64 == 0
         and 16 <= size == triton.next_power_of_2(size)
+        and (weights.qkv.dtype != torch.float8_e4m3fn or _has_ring(weights))
     )
 
 
 def rings(weights: DecodeWeights, programs: int) -> bool:
     """Whether the kernel with the ring takes weights of these sizes, with that number of programs, on a Hopper GPU."""
     return (
-        weights.qkv.dtype in (torch.bfloat16, torch.float16)
+        weights.dtype in (torch.bfloat16, torch.float16)
         and weights.width == 64 * weights.heads
         and weights.length <= 64
         and weights.width <= 2 * 8 * programs  # fc2's columns of a program are two tiles
-        and slots_of(weights.width) >= TAKEN
+        and slots_of(weights.width, weights.qkv.dtype.itemsize) >= TAKEN
     )
+
+
+def _has_ring(weights: DecodeWeights) -> bool:
+    device = weights.qkv.device
+    return _GLUON and _hopper(device) and rings(weights, _multiprocessors(device))
 
 
 def launch(
@@ -55,8 +60,7 @@ def launch(
     else:
         layer, last = until[0], OPS.index(until[1]) + 1
         parts = [(True, 0, layer, 0, len(OPS), False), (False, layer, layer + 1, 0, last, False)]
-    ring = config.ring and _GLUON and programs is None and _hopper(weights.qkv.device)
-    ring = ring and rings(weights, _multiprocessors(weights.qkv.device))
+    ring = config.ring and programs is None and _has_ring(weights)
     for embed, begin, end, first_op, last_op, head in parts:
         if ring:
             _start_ring(weights, state, config, embed, begin, end, last_op, head)
@@ -109,8 +113,8 @@ def _start_ring(
     decode_ring_kernel[(programs,)](
         s.first, s.tokens, s.start, s.modulations, s.head_modulation, s.keys, s.values, s.x, s.qkv, s.attended,
         s.hidden, s.logits, w.tokens, w.positions, w.starts, w.qkv, w.qkv_bias, w.query_scale, w.proj, w.proj_bias,
-        w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.head, w.head_bias, s.mailboxes, s.turn,
-        s.turn if trace is None else trace, begin, end,
+        w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.head, w.head_bias, w.qkv_scale, w.proj_scale, w.fc1_scale, w.fc2_scale,
+        w.head_scale, s.mailboxes, s.turn, s.turn if trace is None else trace, begin, end,
         IMAGES=max(1, len(s.tokens)), BATCH=batch, GROUP=group, LENGTH=w.length, HEADS=w.heads, CODES=w.codes,
         WORDS=s.mailboxes.shape[1], PROGRAMS=programs, EMBED=embed, LAST_OP=last_op, HEAD=head, REFILL=config.refill,
         TRACE=trace is not None,

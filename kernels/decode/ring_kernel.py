@@ -1,4 +1,5 @@
-"""The Gluon kernel of a whole decoding step for few rows on Hopper, in 16 bits; `launch.py` starts it.
+"""The Gluon kernel of a whole decoding step for few rows on Hopper, in 16 bits, its weights in 16 or 8;
+`launch.py` starts it.
 
 As in `step_kernel.py` one program stays on each multiprocessor, and what one operation hands to the next lies in
 mailboxes. But weights come through a ring in shared memory (`weight_ring.py`), so that no reading of a mailbox waits
@@ -44,7 +45,7 @@ from .simt import (
     to_shared_2,
     unpacked,
 )
-from .weight_ring import ask, refill, start, take
+from .weight_ring import ask, refill, start, take, threads_for, widened
 
 _WARPS = gl.constexpr(WARPS)
 _THREADS = gl.constexpr(THREADS)
@@ -66,12 +67,14 @@ def _row_loads(plan, quarters, size):
 
 
 @gluon.jit
-def _place(PARTS: gl.constexpr):
+def _place(PLAN: gl.constexpr):
     """Of each thread: its row among the inputs, its part of the slices, and its first input."""
-    o_lane = threads() & 31
+    PARTS: gl.constexpr = PLAN.parts
+    o_thread = threads_for(PLAN)
+    o_lane = o_thread & 31
     o_row = (o_lane >> 2) & (8 // PARTS - 1)
     o_part = (o_lane >> 2) // (8 // PARTS)
-    return o_row, o_part, o_part * 256 + (threads() >> 5) * 32 + (o_lane & 3) * 8
+    return o_row, o_part, o_part * 256 + (o_thread >> 5) * 32 + (o_lane & 3) * 8
 
 
 @gluon.jit
@@ -239,12 +242,24 @@ def _summed(sums, memory, TILES: gl.constexpr, PLAN: gl.constexpr):
 @gluon.jit
 def _cells(i_program, I_TILE: gl.constexpr, PRODUCT: gl.constexpr, PLAN: gl.constexpr):
     """Row and column of each thread's result of tiles from I_TILE on, as `_summed` has it, and whether it is there."""
-    o_thread = threads()
+    o_thread = threads_for(PLAN)
     o_tile = (o_thread >> 6) + I_TILE
     o_row = (o_thread >> 3) & 7
     o_column = (o_tile * PLAN.programs + i_program) * 8 + (o_thread & 7)
     m_there = (o_tile < PLAN.products[PRODUCT].tiles) & (o_row < PLAN.rows)
     return o_row, o_column, m_there & (o_column < PLAN.products[PRODUCT].columns)
+
+
+@gluon.jit
+def _scale(weights, i_layer, o_column, m_there, PRODUCT: gl.constexpr, PLAN: gl.constexpr):
+    """What each thread's sum is multiplied by; 1 where weights have no scales."""
+    factor = 1.0
+    if PLAN.size == 1:
+        p_scale = weights[5 + PRODUCT]
+        if PRODUCT < 4:  # the head is of no block
+            p_scale += i_layer.to(gl.int64) * PLAN.products[PRODUCT].columns
+        factor = gl.load(p_scale + o_column, mask=m_there, other=0.0)
+    return factor
 
 
 @gluon.jit
@@ -260,8 +275,8 @@ def _wide_product(
     WIDTH: gl.constexpr = PLAN.width
     GROUP: gl.constexpr = PLAN.group
     NORMED: gl.constexpr = PRODUCT != 1
-    DTYPE: gl.constexpr = weights[0].dtype.element_ty
-    o_row, o_part, o_input = _place(PLAN.parts)
+    DTYPE: gl.constexpr = p_bias.dtype.element_ty
+    o_row, o_part, o_input = _place(PLAN)
     o_mask = _mask(o_row, o_input, PLAN)
     # All that does not depend on what other programs do now is asked for before waiting for them.
     if NORMED:
@@ -273,11 +288,13 @@ def _wide_product(
         b_bias = gl.load(p_bias + o_column, mask=m_out, other=0.0)
         if KIND == "residual":
             b_gate = gl.load(p_gate + o_cell_row // GROUP * STRIDE + o_column, mask=m_out, other=0.0)
+        b_scale = _scale(weights, i_layer, o_column, m_out, PRODUCT, PLAN)
         units, slot, phase = take(memory, slot, phase, min(_TAKEN, TILES - i_tile), PLAN)
         barrier()
         wanted = refill(memory, weights, i_program, i_layer, i_end, slot, OP, i_tile // _TAKEN, PLAN)
         if PLAN.early:
-            ask(wanted, WIDTH)
+            ask(wanted, PLAN)
+        units = widened(units, DTYPE, PLAN)
         if i_tile == 0:
             if NORMED:
                 p_row = p_box.to(gl.int64) + (o_row * WIDTH + o_input) * 4
@@ -288,7 +305,7 @@ def _wide_product(
             if PLAN.trace:
                 mark(p_trace, i_layer * 10 + 2 * (OP % 5))
         if not PLAN.early:
-            ask(wanted, WIDTH)
+            ask(wanted, PLAN)
         if i_tile == 0:
             if NORMED:
                 inputs = _normed(words, scales, shifts, memory, o_row, DTYPE, PLAN)
@@ -298,7 +315,7 @@ def _wide_product(
             _zeros((min(_TAKEN, TILES - i_tile) + 1) // 2 * 16), inputs, units, o_part, 0, min(_TAKEN, TILES - i_tile),
             DTYPE, PLAN,
         )  # fmt: skip
-        b_out = _summed(sums, memory, min(_TAKEN, TILES - i_tile), PLAN) + b_bias.to(gl.float32)
+        b_out = _summed(sums, memory, min(_TAKEN, TILES - i_tile), PLAN) * b_scale + b_bias.to(gl.float32)
         if KIND == "residual":
             b_x += b_gate.to(gl.float32) * b_out
             post(m_out, p_posted + o_cell_row * WIDTH + o_column, b_x)
@@ -335,14 +352,15 @@ def _long_product(
     """fc2, whose 4 W inputs are taken by quarters: as many at once as registers hold."""
     TILES: gl.constexpr = PLAN.products[3].tiles
     WIDTH: gl.constexpr = PLAN.width
-    DTYPE: gl.constexpr = weights[0].dtype.element_ty
+    DTYPE: gl.constexpr = p_bias.dtype.element_ty
     CHUNKS: gl.constexpr = PLAN.chunks
     TOGETHER: gl.constexpr = PLAN.together
-    o_row, o_part, o_input = _place(PLAN.parts)
+    o_row, o_part, o_input = _place(PLAN)
     o_mask = _mask(o_row, o_input, PLAN)
     o_cell_row, o_column, m_out = _cells(i_program, 0, 3, PLAN)
     b_bias = gl.load(p_bias + o_column, mask=m_out, other=0.0)
     b_gate = gl.load(p_gate + o_cell_row // PLAN.group * STRIDE + o_column, mask=m_out, other=0.0)
+    b_scale = _scale(weights, i_layer, o_column, m_out, 3, PLAN)
     p_row = p_box.to(gl.int64) + (o_row * (4 * WIDTH) + o_input) * 2
     sums = _zeros((TILES + 1) // 2 * 16)
     inputs = ()
@@ -351,19 +369,20 @@ def _long_product(
         barrier()
         wanted = refill(memory, weights, i_program, i_layer, i_end, slot, 4, i // CHUNKS, PLAN)
         if PLAN.early:
-            ask(wanted, WIDTH)
+            ask(wanted, PLAN)
+        units = widened(units, DTYPE, PLAN)
         if i % TOGETHER == 0:
             inputs = receive((p_row + i * (2 * WIDTH),), o_mask, _row_loads(PLAN, TOGETHER, 2))
             if PLAN.trace:
                 mark(p_trace, i_layer * 10 + 8)
         if not PLAN.early:
-            ask(wanted, WIDTH)
+            ask(wanted, PLAN)
         for j in gl.static_range(CHUNKS):
             sums = _multiply(
                 sums, _quarter(inputs, (i + j) % TOGETHER, len(inputs) // TOGETHER), units, o_part,
                 j * TILES * PLAN.slices * 4, TILES, DTYPE, PLAN,
             )  # fmt: skip
-    b_x += b_gate.to(gl.float32) * (_summed(sums, memory, TILES, PLAN) + b_bias.to(gl.float32))
+    b_x += b_gate.to(gl.float32) * (_summed(sums, memory, TILES, PLAN) * b_scale + b_bias.to(gl.float32))
     post(m_out, p_posted + o_cell_row * WIDTH + o_column, b_x)
     if PLAN.trace:
         mark(p_trace, i_layer * 10 + 9)
@@ -395,6 +414,7 @@ def decode_ring_kernel(
     p_table, p_positions, p_starts,  # as in DecodeWeights: tokens, ...
     p_qkv_weight, p_qkv_bias, p_query_scale, p_proj_weight, p_proj_bias,
     p_fc1_weight, p_fc1_bias, p_fc2_weight, p_fc2_bias, p_head_weight, p_head_bias,
+    p_qkv_scale, p_proj_scale, p_fc1_scale, p_fc2_scale, p_head_scale,  # of fp8 weights, else None
     p_mailboxes,  # as in DecodeState
     p_turn,  # DecodeState.turn
     p_trace,  # int64 [programs, blocks + 1, 5, 2]: when each operation's inputs came and results left, with TRACE only
@@ -411,12 +431,17 @@ def decode_ring_kernel(
     ROWS: gl.constexpr = BATCH * GROUP
     WIDTH: gl.constexpr = HEADS * 64
     STRIDE: gl.constexpr = 6 * WIDTH
-    DTYPE: gl.constexpr = p_qkv_weight.dtype.element_ty
+    DTYPE: gl.constexpr = p_qkv_bias.dtype.element_ty
     # Words of a block's mailboxes, one after the other: x before it, qkv, x after proj, attended, hidden.
     X: gl.constexpr = ROWS * WIDTH
     BLOCK: gl.constexpr = 5 * X + 5 * X // 2
-    PLAN: gl.constexpr = plan_of(WIDTH, ROWS, GROUP, CODES, PROGRAMS, LAST_OP, HEAD, REFILL, TRACE)
-    weights = (p_qkv_weight, p_proj_weight, p_fc1_weight, p_fc2_weight, p_head_weight)
+    SIZE: gl.constexpr = 2 if p_qkv_scale is None else 1
+    PLAN: gl.constexpr = plan_of(WIDTH, SIZE, ROWS, GROUP, CODES, PROGRAMS, LAST_OP, HEAD, REFILL, TRACE)
+    # Of the products, and then the scales.
+    weights = (
+        p_qkv_weight, p_proj_weight, p_fc1_weight, p_fc2_weight, p_head_weight,
+        p_qkv_scale, p_proj_scale, p_fc1_scale, p_fc2_scale, p_head_scale,
+    )  # fmt: skip
     i_program = gl.program_id(0)
     keep, memory = shared_memory(PLAN.end)
     start(memory, weights, i_program, i_begin, i_end, PLAN)
@@ -460,7 +485,7 @@ def decode_ring_kernel(
                 p_keys + i_cache, p_values + i_cache, p_attended, memory, p_trace, LENGTH, DTYPE, PLAN,
             )  # fmt: skip
             # Behind it, as most programs have no piece to wait for.
-            ask(refill(memory, weights, i_program, i, i_end, slot, 1, 0, PLAN), WIDTH)
+            ask(refill(memory, weights, i_program, i, i_end, slot, 1, 0, PLAN), PLAN)
         if LAST_OP > 2:
             b_x, slot, phase = _wide_product(
                 p_block + 5 * X, p_modulation, p_modulation, p_proj_bias + i_long * WIDTH, p_modulation, b_x, memory,

@@ -17,8 +17,8 @@ from .config import RING_WARPS as WARPS
 SHARED_MEMORY = 227 * 1024
 """Of a program, in bytes."""
 
-GAP = 64
-"""Bytes between two lines of a unit."""
+GAP = 32
+"""Weights that would fit between two lines of a unit."""
 
 TAKEN = 4
 """The most tiles of eight columns that a program multiplies at once."""
@@ -28,7 +28,8 @@ TAKEN = 4
 _SUMS = WARPS * TAKEN * 64 * 4
 _NORMS = 8 * WARPS * 2 * 4
 _SHARES = WARPS * 64 * 4 + WARPS * 2 * 4
-_BARRIERS = 16 * 8
+_SLOTS = 32  # at most: as many lanes ask
+_BARRIERS = _SLOTS * 8
 _ALLOCATED_IN = 1024
 
 
@@ -72,6 +73,7 @@ class Plan:
 
     Attributes:
         width: channels W.
+        size: bytes of a weight.
         rows: rows times tokens of a group.
         group: tokens of a group.
         programs: number of programs.
@@ -92,6 +94,7 @@ class Plan:
     """
 
     width: int
+    size: int
     rows: int
     group: int
     programs: int
@@ -115,16 +118,16 @@ class Plan:
 
 
 @triton.constexpr_function
-def unit_bytes(width: int) -> int:
-    """Of a unit in shared memory."""
-    return 8 * (2 * width + GAP)
+def unit_bytes(width: int, size: int) -> int:
+    """Of a unit in shared memory, with weights of `size` bytes."""
+    return 8 * size * (width + GAP)
 
 
 @triton.constexpr_function
-def slots_of(width: int) -> int:
-    """Units in the ring."""
+def slots_of(width: int, size: int) -> int:
+    """Units in the ring, with weights of `size` bytes."""
     besides = _SUMS + _NORMS + _SHARES + _BARRIERS + _ALLOCATED_IN
-    return min(16, (SHARED_MEMORY - besides) // unit_bytes(width))
+    return min(_SLOTS, (SHARED_MEMORY - besides) // unit_bytes(width, size))
 
 
 @triton.constexpr_function
@@ -170,9 +173,11 @@ def _refills(
 
 @triton.constexpr_function
 def plan_of(
-    width: int, rows: int, group: int, codes: int, programs: int, last_op: int, head: bool, refill: str, trace: bool
-) -> Plan:
-    """The plan of a step whose blocks end before operation `last_op` of `reference.OPS`; see `StepConfig.refill`."""
+    width: int, size: int, rows: int, group: int, codes: int, programs: int, last_op: int, head: bool, refill: str,
+    trace: bool,
+) -> Plan:  # fmt: skip
+    """The plan of a step whose blocks end before operation `last_op` of `reference.OPS`; see `Plan` and
+    `StepConfig.refill`."""
     slices = (width + 255) // 256
     parts = 4 if rows <= 2 else 2 if rows <= 4 else 1
     products, takes, block = [], [], 0
@@ -191,12 +196,12 @@ def plan_of(
     takes[3] = [chunks * products[3].tiles] * (4 // chunks)
     takes.insert(1, [])
     head_takes = [min(TAKEN, tiles - i) for i in range(0, tiles, TAKEN)]
-    slots = slots_of(width)
+    slots = slots_of(width, size)
     filled, refills = _refills(takes[:last_op], head_takes, slots, refill)
-    sums = slots * unit_bytes(width)
+    sums = slots * unit_bytes(width, size)
     barriers = sums + _SUMS + _NORMS + _SHARES
     end = (barriers + _BARRIERS + _ALLOCATED_IN - 1) // _ALLOCATED_IN * _ALLOCATED_IN
     return Plan(
-        width, rows, group, programs, slots, parts, slices, chunks, together, tuple(products), block, filled,
+        width, size, rows, group, programs, slots, parts, slices, chunks, together, tuple(products), block, filled,
         refills, refill == "before", head, trace, sums, sums + _SUMS, sums + _SUMS + _NORMS, barriers, end,
     )  # fmt: skip

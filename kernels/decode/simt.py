@@ -169,6 +169,27 @@ def unpacked(word, DTYPE: gl.constexpr):
 
 
 @gluon.constexpr_function
+def _from_e4m3(dtype):
+    lines = ["{", ".reg .b16 low, high;", "mov.b32 {low, high}, $2;"]
+    if dtype == gl.float16:
+        return "\n".join([*lines, "cvt.rn.f16x2.e4m3x2 $0, low;", "cvt.rn.f16x2.e4m3x2 $1, high;", "}"])
+    # There is no instruction to bf16, and moving bits takes more of them than the way through fp32.
+    lines += [".reg .b32 pair;", ".reg .f16 first, second;", ".reg .f32 a, b;"]
+    for i in range(2):
+        lines += [f"cvt.rn.f16x2.e4m3x2 pair, {('low', 'high')[i]};", "mov.b32 {first, second}, pair;"]
+        lines += ["cvt.f32.f16 a, first;", "cvt.f32.f16 b, second;", f"cvt.rn.bf16x2.f32 ${i}, b, a;"]
+    return "\n".join([*lines, "}"])
+
+
+@gluon.jit
+def from_e4m3(word, DTYPE: gl.constexpr):
+    """The four e4m3 numbers of a word in 16 bits, exactly, as two words. It is done where it stands."""
+    return gl.inline_asm_elementwise(
+        _from_e4m3(DTYPE), "=r,=r,r", [word], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+    )
+
+
+@gluon.constexpr_function
 def _mma(dtype):
     kind = "bf16" if dtype == gl.bfloat16 else "f16"
     return (

@@ -1,8 +1,8 @@
 """The weights of all blocks and of the head as one stream of units (`ring_plan.py`) through a ring in shared memory.
 
-Each line of a unit is a copy of its own by the unit that copies memory, so that a gap of 64 bytes keeps lines in
-different banks: eight lanes that read 16 bytes of two lines meet no other. What there is no column for is not copied
-and holds what was there before; its results go nowhere.
+Each line of a unit is a copy of its own by the unit that copies memory, so that a gap keeps lines in other banks:
+eight lanes that read 16 bytes of two lines, or of fp8 sixteen that read 8 bytes of four, meet no other. What there is
+no column for is not copied and holds what was there before; its results go nowhere.
 """
 
 # Gluon's arguments are pointers and constants without types, its tuples grow by addition only.
@@ -14,7 +14,16 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from .ring_plan import GAP, unit_bytes
-from .simt import await_arrival, copy_to_shared, from_shared, from_shared_where, make_arrivals, threads, threads_here
+from .simt import (
+    await_arrival,
+    copy_to_shared,
+    from_e4m3,
+    from_shared,
+    from_shared_where,
+    make_arrivals,
+    threads,
+    threads_here,
+)
 
 _GAP = gl.constexpr(GAP)
 
@@ -34,8 +43,8 @@ def _source(p_weight, i_program, o_layer, o_within, o_line, PRODUCT: gl.constexp
     TILES: gl.constexpr = PLAN.products[PRODUCT].tiles
     o_own = o_within - PLAN.products[PRODUCT].first
     o_column = (o_own % TILES * PLAN.programs + i_program) * 8 + o_line
-    o_from = (o_layer.to(gl.int64) * COLUMNS + o_column) * (2 * PLAN.products[PRODUCT].quarters * WIDTH)
-    o_from += o_own // TILES * (2 * WIDTH)
+    o_from = (o_layer.to(gl.int64) * COLUMNS + o_column) * (PLAN.size * PLAN.products[PRODUCT].quarters * WIDTH)
+    o_from += o_own // TILES * (PLAN.size * WIDTH)
     m_own = (o_own >= 0) & (o_own < PLAN.products[PRODUCT].units)
     return m_own, o_column < COLUMNS, p_weight.to(gl.int64) + o_from
 
@@ -68,22 +77,22 @@ def requests(memory, weights, i_program, i_layer, i_end, slot, POSITION: gl.cons
         o_own = o_position + (i_layer - i_end) * BLOCK
         m_own = (o_own >= 0) & (o_own < PLAN.products[4].units)
         o_column = (o_own * PLAN.programs + i_program) * 8 + o_line
-        o_source = gl.where(m_own, weights[4].to(gl.int64) + o_column.to(gl.int64) * (2 * WIDTH), o_source)
+        o_source = gl.where(m_own, weights[4].to(gl.int64) + o_column.to(gl.int64) * (PLAN.size * WIDTH), o_source)
         m_there = m_there | (m_own & (o_column < PLAN.products[4].columns))
         m_asked = m_asked | m_own
     m_asked = m_asked & (o_unit < COUNT)
     o_slot = o_unit + slot
     o_slot = gl.where(o_slot >= PLAN.slots, o_slot - PLAN.slots, o_slot)
     arrival = memory + PLAN.barriers + o_slot * 8
-    address = memory + o_slot * unit_bytes(WIDTH) + o_line * (2 * WIDTH + _GAP)
+    address = memory + o_slot * unit_bytes(WIDTH, PLAN.size) + o_line * (PLAN.size * (WIDTH + _GAP))
     return arrival, address, o_source, m_asked & ~m_there, m_asked & m_there
 
 
 @gluon.jit
-def ask(wanted, WIDTH: gl.constexpr):
+def ask(wanted, PLAN: gl.constexpr):
     """Asks for units into slots that all threads have read."""
     if len(wanted) > 0:
-        copy_to_shared(wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], 2 * WIDTH)
+        copy_to_shared(wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], PLAN.size * PLAN.width)
 
 
 @gluon.jit
@@ -103,7 +112,18 @@ def refill(memory, weights, i_program, i_layer, i_end, slot, OP: gl.constexpr, T
 def start(memory, weights, i_program, i_begin, i_end, PLAN: gl.constexpr):
     """Makes the units' barriers, a unit is there when its eight lines are, and asks for the first units."""
     make_arrivals(memory + PLAN.barriers, PLAN.slots, 8)
-    ask(requests(memory, weights, i_program, i_begin, i_end, i_begin * 0, 0, PLAN.filled, PLAN), PLAN.width)
+    ask(requests(memory, weights, i_program, i_begin, i_end, i_begin * 0, 0, PLAN.filled, PLAN), PLAN)
+
+
+@gluon.jit
+def threads_for(PLAN: gl.constexpr):
+    """The number of each thread. What follows from it stays in registers across all blocks but for fp8 weights, with
+    which compilers would run out of registers."""
+    if PLAN.size == 1:
+        o_thread = threads_here()
+    else:
+        o_thread = threads()
+    return o_thread
 
 
 @gluon.jit
@@ -111,24 +131,36 @@ def take(memory, slot, phase, COUNT: gl.constexpr, PLAN: gl.constexpr):
     """The next COUNT units in registers, and the slot and the phase behind them.
 
     Of each a thread 4 g + t of warp w has eight inputs side by side of column g, from 256 s + 32 w + 8 t on, for each
-    slice s of 256 inputs: four words each, by units, then by slices.
+    slice s of 256 inputs: four words each, or two of fp8, by units, then by slices.
     """
+    SIZE: gl.constexpr = PLAN.size
     WIDTH: gl.constexpr = PLAN.width
     SLICES: gl.constexpr = PLAN.slices
-    o_thread = threads()
+    o_thread = threads_for(PLAN)
     o_lane = o_thread & 31
     o_input = (o_thread >> 5) * 32 + (o_lane & 3) * 8
-    o_address = memory + (o_lane >> 2) * (2 * WIDTH + _GAP) + o_input * 2
+    o_address = memory + (o_lane >> 2) * (SIZE * (WIDTH + _GAP)) + o_input * SIZE
     words = ()
     for _ in gl.static_range(COUNT):
         await_arrival(memory + PLAN.barriers + 8 * slot, phase)
-        o_unit = o_address + slot * unit_bytes(WIDTH)
+        o_unit = o_address + slot * unit_bytes(WIDTH, SIZE)
         for i in gl.static_range(SLICES):
             if 256 * (i + 1) <= WIDTH:
-                words = words + from_shared(o_unit, 512 * i, 4)
+                words = words + from_shared(o_unit, 256 * SIZE * i, 2 * SIZE)
             else:
-                words = words + from_shared_where(o_input < WIDTH - 256 * i, o_unit, 512 * i, 4)
+                words = words + from_shared_where(o_input < WIDTH - 256 * i, o_unit, 256 * SIZE * i, 2 * SIZE)
         last = slot == PLAN.slots - 1
         phase = gl.where(last, 1 - phase, phase)
         slot = gl.where(last, 0, slot + 1)
     return words, slot, phase
+
+
+@gluon.jit
+def widened(words, DTYPE: gl.constexpr, PLAN: gl.constexpr):
+    """Weights that `take` gave, two of DTYPE a word, which holds those of fp8 exactly."""
+    found = words
+    if PLAN.size == 1:
+        found = ()
+        for i in gl.static_range(len(words)):
+            found = found + from_e4m3(words[i], DTYPE)
+    return found

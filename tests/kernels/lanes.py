@@ -241,6 +241,12 @@ def unpacked(word: Lanes, DTYPE: torch.dtype) -> tuple[Lanes, Lanes]:
     return Lanes(both[:, 0]), Lanes(both[:, 1])
 
 
+def from_e4m3(word: Lanes, DTYPE: torch.dtype) -> tuple[Lanes, Lanes]:
+    numbers = word.t.contiguous()[:, None].view(torch.float8_e4m3fn).to(DTYPE)
+    both = numbers.view(torch.int32)
+    return Lanes(both[:, 0]), Lanes(both[:, 1])
+
+
 def multiplied(
     sums: Any, a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, DTYPE: torch.dtype
 ) -> tuple[Lanes, ...]:
@@ -338,8 +344,8 @@ def kernel(change: Callable[[str], str] = lambda text: text) -> Any:
     """The kernel's function, of the text of `FILES` after a change."""
     instructions = (
         threads, shared_memory, barrier, from_shared, from_shared_where, from_global_where, to_shared,
-        exchanged, of_lane, packed, unpacked, multiplied, make_arrivals, copy_to_shared, await_arrival, receive, post,
-        leave, mark,
+        exchanged, of_lane, packed, unpacked, from_e4m3, multiplied, make_arrivals, copy_to_shared, await_arrival,
+        receive, post, leave, mark,
     )  # fmt: skip
     names = {
         **{name: getattr(module, name) for module in (config, ring_plan) for name in vars(module)},

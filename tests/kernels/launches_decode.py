@@ -6,18 +6,22 @@ from unittest import mock
 
 import torch
 
-from spectralar.kernels.decode import DecodeState, DecodeWeights, launch
+from spectralar.kernels.decode import DecodeState, DecodeWeights, launch, quantized
 from spectralar.kernels.decode.config import StepConfig
 
 RING_SIZES = (
-    (1024, 1, torch.bfloat16),
-    (1024, 4, torch.bfloat16),
-    (1024, 1, torch.float16),
-    (1280, 1, torch.bfloat16),
-    (1536, 1, torch.bfloat16),
-    (1920, 1, torch.bfloat16),
+    (1024, 1, torch.bfloat16, False),
+    (1024, 4, torch.bfloat16, False),
+    (1024, 1, torch.float16, False),
+    (1280, 1, torch.bfloat16, False),
+    (1536, 1, torch.bfloat16, False),
+    (1920, 1, torch.bfloat16, False),
+    (1024, 1, torch.bfloat16, True),
+    (1024, 4, torch.bfloat16, True),
+    (1024, 1, torch.float16, True),
+    (1536, 1, torch.bfloat16, True),
 )
-"""Width, tokens of a group, and dtype of what the kernel with the ring is compiled for."""
+"""Width, tokens of a group, dtype, and whether matrices are fp8, of what the kernel with the ring is compiled for."""
 
 
 def empty_weights(
@@ -51,7 +55,7 @@ def empty_weights(
 def sample_launches(capability: int = 90) -> None:
     """Launches of a step: d16, one image with guidance, and in groups of four; for a GPU of that compute capability.
 
-    On Hopper with both kernels, and with the ring d20, d24 and d30, too, and fp16.
+    On Hopper with both kernels, and with the ring d20, d24 and d30, too, fp16 and fp8.
     """
     hopper = capability == 90
     with (
@@ -63,8 +67,9 @@ def sample_launches(capability: int = 90) -> None:
             launch.launch(weights, DecodeState.allocate(weights, 1, 2), config=StepConfig(ring=False))
         if not hopper:
             return
-        for width, group, dtype in RING_SIZES:
+        for width, group, dtype, fp8 in RING_SIZES:
             weights = empty_weights(width, group=group, dtype=dtype)
+            weights = quantized(weights) if fp8 else weights
             launch.launch(weights, DecodeState.allocate(weights, 1, 2))
         for refill in ("after", "even"):
             weights = empty_weights(1024)

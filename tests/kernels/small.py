@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from spectralar.kernels import attention, dct, draw, norm, vq
-from spectralar.kernels.decode import decode_step, implementation
+from spectralar.kernels.decode import decode_step, implementation, quantized
 from spectralar.kernels.decode.config import StepConfig
 from spectralar.kernels.decode.launch import launch
 from tests.kernels.test_decode_kernel import random_state, random_weights
@@ -103,15 +103,17 @@ def small_attention() -> None:
 
 
 def small_decode() -> None:
-    # On Hopper few rows take the kernel with the ring; the other one is started beside it.
-    for width, rows in ((128, 2), (192, 8), (128, 20), (128, 64)):
+    # On Hopper few rows take the kernel with the ring; the other one, which has no fp8, is started beside it.
+    formats = (False, True) if GPU == "cpu" or torch.cuda.get_device_capability() >= (8, 9) else (False,)
+    for (width, rows), fp8 in itertools.product(((128, 2), (192, 8), (128, 20), (128, 64)), formats):
         weights = random_weights(width, torch.bfloat16)
+        weights = quantized(weights) if fp8 else weights
         state = random_state(weights, rows // 2, rows, 0)
         for step in (0, 1):
             state.first.fill_(step * weights.group)
             state.tokens.zero_()
             decode_step(weights, state)
-            if GPU == "cuda" and implementation(weights, rows) == "persistent":
+            if GPU == "cuda" and implementation(weights, rows) == "persistent" and not fp8:
                 launch(weights, state, config=StepConfig(ring=False))
 
 

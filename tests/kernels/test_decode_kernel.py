@@ -24,7 +24,7 @@ def random_weights(width: int, dtype: torch.dtype = torch.float32, **sizes: Any)
     weights = empty_weights(width, dtype=dtype, device=DEVICE, **sizes)
     for field in fields(weights):
         tensor = getattr(weights, field.name)
-        if tensor is None:  # scales of fp8, which these kernels do not take
+        if tensor is None:  # scales of fp8
             continue
         fan_in = tensor.shape[-1] if field.name in ("qkv", "proj", "fc1", "fc2", "head") else 4
         tensor.copy_(torch.randn(tensor.shape) / fan_in**0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from spectralar.kernels.decode import DecodeState, DecodeWeights, launch, reference, ring_plan
+from spectralar.kernels.decode import DecodeState, DecodeWeights, launch, quantized, reference, ring_plan
 from spectralar.kernels.decode.config import StepConfig
+from spectralar.kernels.decode.state import MATRICES
 from tests.kernels import lanes
 from tests.kernels import test_decode_kernel as step
 
@@ -23,11 +25,12 @@ OPS = [(0, op) for op in reference.OPS]
 
 @pytest.mark.parametrize("refill", REFILLS)
 @pytest.mark.parametrize("width", [64, 192, 1024, 1280, 1536, 1920])
-def test_every_unit_is_asked_for_once_where_one_was_taken(refill: str, width: int) -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_unit_is_asked_for_once_where_one_was_taken(size: int, width: int, refill: str) -> None:
     for programs, codes, last_op in itertools.product((78, 114, 132), (50, 4096, 16384), (1, 2, 3, 4, 5)):
         if width > 16 * programs:
             continue
-        plan = ring_plan.plan_of(width, 2, 1, codes, programs, last_op, last_op == 5, refill, False)
+        plan = ring_plan.plan_of(width, size, 2, 1, codes, programs, last_op, last_op == 5, refill, False)
         follow(plan, last_op)
 
 
@@ -56,17 +59,40 @@ def follow(plan: ring_plan.Plan, last_op: int) -> None:
 
 def test_fewer_are_asked_for_at_once() -> None:
     def most(refill: str) -> int:
-        refills = ring_plan.plan_of(1024, 2, 1, 4096, 132, 5, True, refill, False).refills
+        refills = ring_plan.plan_of(1024, 2, 2, 1, 4096, 132, 5, True, refill, False).refills
         return max(sum(each.units for each in op) for op in refills)
 
     assert (most("before"), most("even")) == (4, 3)
 
 
 @pytest.mark.parametrize("width", [64, 1024, 1280, 1536, 1920])
-def test_it_fits_the_shared_memory(width: int) -> None:
-    plan = ring_plan.plan_of(width, 8, 1, 4096, 132, 5, True, "before", False)
-    assert plan.slots * ring_plan.unit_bytes(width) == plan.sums < plan.norms < plan.shares < plan.barriers
+@pytest.mark.parametrize("size", [1, 2])
+def test_it_fits_the_shared_memory(size: int, width: int) -> None:
+    plan = ring_plan.plan_of(width, size, 8, 1, 4096, 132, 5, True, "before", False)
+    assert plan.slots * ring_plan.unit_bytes(width, size) == plan.sums < plan.norms < plan.shares < plan.barriers
     assert plan.barriers + 8 * plan.slots <= plan.end <= ring_plan.SHARED_MEMORY
+    # A lane for each unit asks for it.
+    assert ring_plan.TAKEN <= plan.slots <= 32
+
+
+@pytest.mark.parametrize("width", [64, 192, 1024, 1920])
+@pytest.mark.parametrize("size", [1, 2])
+def test_lanes_that_read_together_use_different_banks(size: int, width: int) -> None:
+    line, lanes_together = size * (width + ring_plan.GAP), 128 // (8 * size)
+    assert line % 16 == ring_plan.unit_bytes(width, size) % 16 == 0, "where a copy begins"
+    for first in range(0, 32, lanes_together):
+        begins = [(lane // 4) * line + lane % 4 * 8 * size for lane in range(first, first + lanes_together)]
+        assert len({(begin + byte) // 4 % 32 for begin in begins for byte in range(0, 8 * size, 4)}) == 32
+
+
+def test_fp8_goes_through_the_ring_or_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = quantized(step.empty_weights(256, depth=1, codes=8))
+    wide = quantized(step.empty_weights(256, depth=1, codes=8, dtype=torch.float32))
+    for hopper in (False, True):
+        monkeypatch.setattr(launch, "_hopper", lambda device, hopper=hopper: hopper)
+        assert [launch.fits(weights, rows) for rows in (1, 8, 9)] == [hopper, hopper, False]
+        assert not launch.fits(wide, 2), "the ring has no fp32"
+        assert launch.fits(step.empty_weights(256, dtype=torch.float32), 2)
 
 
 # --- its text on a CPU -----------------------------------------------------------------------------------------------
@@ -119,6 +145,36 @@ def test_slices_that_are_not_full(on_lanes: Callable[..., None]) -> None:
     step.check(weights, step.random_state(weights, 1, 2, 1), None)
 
 
+def every_number(weights: DecodeWeights) -> DecodeWeights:
+    """The same with all fp8 numbers in its matrices, and only the subnormal ones in every third column of a product."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    finite, small = numbers[numbers.isfinite()], numbers[(numbers.abs() < 2.0**-6)]
+    found = {}
+    for name in MATRICES:
+        matrix = getattr(weights, name)
+        values = finite[torch.randint(len(finite), matrix.shape)]
+        values[..., ::3, :] = small[torch.randint(len(small), values[..., ::3, :].shape)]
+        # So that results are of the size of the inputs.
+        scale = 1 / (values.square().mean(-1) * matrix.shape[-1]).sqrt()
+        found |= {name: values.to(matrix), f"{name}_scale": scale.to(getattr(weights, f"{name}_scale"))}
+    return dataclasses.replace(weights, **found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("until", [*OPS, (1, "fc2"), None])
+def test_fp8_weights(until: tuple[int, str] | None, dtype: torch.dtype, on_lanes: Callable[..., None]) -> None:
+    on_lanes(5)
+    weights = every_number(quantized(step.random_weights(64, dtype, length=7, codes=90)))
+    step.check(weights, step.random_state(weights, 1, 2, first=3), until)
+
+
+@pytest.mark.parametrize("refill", REFILLS)
+def test_fp8_in_slices_that_are_not_full(refill: Any, on_lanes: Callable[..., None]) -> None:
+    on_lanes(20)
+    weights = quantized(step.random_weights(320, torch.bfloat16, depth=1, group=2, length=4, codes=9))
+    step.check(weights, step.random_state(weights, 2, 2, 2), None, config=StepConfig(refill=refill))
+
+
 def test_times_of_every_operation(on_lanes: Callable[..., None]) -> None:
     on_lanes(4)
     weights = step.random_weights(64, torch.float16, length=8, codes=33)
@@ -135,18 +191,21 @@ def test_times_of_every_operation(on_lanes: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("right", "wrong", "fp8"),
     [
-        ("o_own % TILES * PLAN.programs", "o_own % TILES"),  # other columns
-        ("phase = gl.where(last, 1 - phase, phase)", "phase = phase"),  # does not wait for weights
-        ("slot + PLAN.refills[OP][TIME].behind", "slot"),  # into slots of other units
-        ("exchanged(b_most, 4 << i)", "exchanged(b_most, 2 << i)"),  # the greatest score of other keys
+        ("o_own % TILES * PLAN.programs", "o_own % TILES", False),  # other columns
+        ("phase = gl.where(last, 1 - phase, phase)", "phase = phase", False),  # does not wait for weights
+        ("slot + PLAN.refills[OP][TIME].behind", "slot", False),  # into slots of other units
+        ("exchanged(b_most, 4 << i)", "exchanged(b_most, 2 << i)", False),  # the greatest score of other keys
+        ("weights[5 + PRODUCT]", "weights[5]", True),  # the scales of another product
+        ("p_scale += i_layer.to(gl.int64)", "p_scale += 0 * i_layer.to(gl.int64)", True),  # of another block
     ],
 )
-def test_a_broken_kernel_fails(right: str, wrong: str, on_lanes: Callable[..., None]) -> None:
+def test_a_broken_kernel_fails(right: str, wrong: str, fp8: bool, on_lanes: Callable[..., None]) -> None:
     assert sum((lanes.FOLDER / file).read_text().count(right) for file in lanes.FILES) == 1
     on_lanes(4, lanes.kernel(lambda text: text.replace(right, wrong)))
     weights = step.random_weights(64, torch.float16, length=8, codes=33)
+    weights = quantized(weights) if fp8 else weights
     with pytest.raises((AssertionError, lanes.Failed)):
         step.check(weights, step.random_state(weights, 1, 2, 4), None)
 
@@ -178,7 +237,9 @@ def check_rows(weights: DecodeWeights, most: int, fewer: tuple[int, ...], config
 
 def test_a_row_depends_on_nothing_else(on_lanes: Callable[..., None]) -> None:
     on_lanes(20)
-    check_rows(step.random_weights(320, torch.bfloat16, depth=1, length=3, codes=9), 5, (2,), StepConfig())
+    weights = step.random_weights(320, torch.bfloat16, depth=1, length=3, codes=9)
+    for each in (weights, quantized(weights)):
+        check_rows(each, 5, (2,), StepConfig())
 
 
 def needs_hopper() -> None:
@@ -221,19 +282,44 @@ def test_whole_steps_of_wide_ones_on_a_gpu(width: int, refill: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("width", "rows", "dtype"), [(128, 2, torch.bfloat16), (192, 8, torch.float16)])
+def test_fp8_in_every_operation_on_a_gpu(width: int, rows: int, dtype: torch.dtype) -> None:
+    needs_hopper()
+    weights = every_number(quantized(step.random_weights(width, dtype)))
+    for first in (0, 63):
+        state = step.random_state(weights, rows, rows, first)
+        for until in ((0, "fc2"), *((1, op) for op in reference.OPS), None):
+            step.check(weights, state, until)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("refill", REFILLS)
+@pytest.mark.parametrize(("width", "rows", "group"), [(1024, 2, 1), (1024, 2, 4), (1280, 4, 1), (1920, 2, 1)])
+def test_whole_steps_in_fp8_on_a_gpu(width: int, rows: int, group: int, refill: Any) -> None:
+    needs_hopper()
+    weights = quantized(step.random_weights(width, torch.bfloat16, group=group))
+    step.check(weights, step.random_state(weights, rows, rows, 8), None, config=StepConfig(refill=refill))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", BOTH)
 @pytest.mark.parametrize("width", [128, 1024])
 def test_rows_on_a_gpu(width: int, config: StepConfig) -> None:
     needs_hopper()
-    check_rows(step.random_weights(width, torch.bfloat16), 8, (1, 3), config)
+    weights = step.random_weights(width, torch.bfloat16)
+    for each in (weights, quantized(weights)) if config.ring else (weights,):
+        check_rows(each, 8, (1, 3), config)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", ALL)
+@pytest.mark.parametrize(
+    ("config", "fp8"), [*((config, False) for config in ALL), *((config, True) for config in ALL if config.ring)]
+)
 @pytest.mark.parametrize("width", [128, 1024])
-def test_replays_are_equal_to_the_bit(width: int, config: StepConfig) -> None:
+def test_replays_are_equal_to_the_bit(width: int, config: StepConfig, fp8: bool) -> None:
     needs_hopper()
     weights = step.random_weights(width, torch.bfloat16, depth=4)
+    weights = quantized(weights) if fp8 else weights
     state = step.random_state(weights, 1, 2, 3)
     launch.launch(weights, step.copy(state), config=config)
     torch.cuda.synchronize()
