@@ -31,6 +31,7 @@ from spectralar.training.data import loader as loader_module
 from spectralar.training.data.dali import EncodedImages, dali_installed
 from spectralar.training.data.images import plain_jpeg_size
 from spectralar.training.data.loader import choose_backend
+from tests.training.data.batches import assert_same, take
 
 needs_dali = pytest.mark.skipif(not dali_installed(), reason="NVIDIA DALI is not installed")
 
@@ -69,15 +70,6 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loader(path: Path, backend: str = "dali", *, rank: int = 0, world: int = 1, **changes: Any) -> ImageLoader:
     settings = {"path": str(path), "batch": 6, "crop": CROPS[0], "seed": 3, **changes}
     return ImageLoader(LoaderConfig(backend=backend, **settings), rank=rank, world=world)
-
-
-def take(source: ImageLoader, count: int) -> list[Batch]:
-    return [next(source) for _ in range(count)]
-
-
-def assert_same(a: list[Batch], b: list[Batch]) -> None:
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels)
 
 
 @needs_dali

@@ -27,21 +27,12 @@ from spectralar.training.data import (
     write_shards,
 )
 from spectralar.training.data.epochs import random_stream
+from tests.training.data.batches import assert_same, take
 
 
 def loader(path: Path, *, rank: int = 0, world: int = 1, **changes: object) -> ImageLoader:
     settings = {"path": str(path), "batch": 4, "crop": Crop(10, resize=12), "seed": 3, **changes}
     return ImageLoader(LoaderConfig(**settings), rank=rank, world=world)
-
-
-def take(source: ImageLoader, count: int) -> list[Batch]:
-    return [next(source) for _ in range(count)]
-
-
-def assert_same(a: list[Batch], b: list[Batch]) -> None:
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels)
 
 
 def test_batches_are_the_crops_that_the_documentation_promises(numbered_dir):

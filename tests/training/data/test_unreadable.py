@@ -32,6 +32,7 @@ from spectralar.training.data.dali import DaliBatches, dali_installed
 from spectralar.training.data.epochs import random_stream
 from spectralar.training.data.images import plain_jpeg_size
 from spectralar.training.data.unreadable import Unreadable, first_readable, most_unreadable
+from tests.training.data.batches import assert_same, take
 
 COUNT = 30
 CUT, EMPTY, HUFFMAN, LAST = (4, 12), 5, 20, 29
@@ -85,15 +86,6 @@ def loader(path: Path, backend: str, *, rank: int = 0, world: int = 1, **changes
     crop = Crop(64, "random", resize=80)
     settings = {"path": str(path), "batch": 6, "crop": crop, "seed": 3, "max_unreadable": 0.2, **changes}
     return ImageLoader(LoaderConfig(backend=backend, **settings), rank=rank, world=world)
-
-
-def take(source: ImageLoader, count: int) -> list[Batch]:
-    return [next(source) for _ in range(count)]
-
-
-def assert_same(a: list[Batch], b: list[Batch]) -> None:
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels)
 
 
 def test_the_set_is_as_bad_as_it_should_be(torn):
