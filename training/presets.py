@@ -14,9 +14,10 @@ from spectralar.training.tokenizer import TokenizerLossConfig
 
 _TINY = VIT_SIZES["tiny"]
 
-# Four departures from the paper give every token something to say where sets are small and minutes few; what each gives
-# is measured in docs/tokens.md. With pixel weight 1 the commitment loss pulls every token that matters little for the
-# error to a constant code; two prefixes of an image, one of them often whole, let late tokens be seen in most images.
+# Departures from the paper, here and in the models, give every token something to say where sets are small and minutes
+# few; docs/tokens.md has what was measured. With pixel weight 1 the commitment loss pulls every token that matters
+# little for the error to a constant code; two prefixes of an image, a quarter of all whole, show late tokens more
+# images.
 _LOSS = TokenizerLossConfig(pixel=15.0, prefixes=PrefixConfig(per_image=2, full=0.25))
 
 TOKENIZER_RUNS: dict[str, TokenizerRun] = {

@@ -94,6 +94,15 @@ def _hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def _tensors(w: DecodeWeights, s: DecodeState) -> tuple[torch.Tensor, ...]:
+    """What both kernels begin their arguments with."""
+    return (
+        s.first, s.tokens, s.start, s.modulations, s.head_modulation, s.keys, s.values, s.x, s.qkv, s.attended,
+        s.hidden, s.logits, w.tokens, w.positions, w.starts, w.qkv, w.qkv_bias, w.query_scale, w.proj, w.proj_bias,
+        w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.head, w.head_bias,
+    )  # fmt: skip
+
+
 def _start_ring(
     weights: DecodeWeights,
     state: DecodeState,
@@ -111,10 +120,8 @@ def _start_ring(
     batch, group, _ = s.x.shape
     programs = _multiprocessors(w.qkv.device)
     decode_ring_kernel[(programs,)](
-        s.first, s.tokens, s.start, s.modulations, s.head_modulation, s.keys, s.values, s.x, s.qkv, s.attended,
-        s.hidden, s.logits, w.tokens, w.positions, w.starts, w.qkv, w.qkv_bias, w.query_scale, w.proj, w.proj_bias,
-        w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.head, w.head_bias, w.qkv_scale, w.proj_scale, w.fc1_scale, w.fc2_scale,
-        w.head_scale, s.mailboxes, s.turn, s.turn if trace is None else trace, begin, end,
+        *_tensors(w, s), w.qkv_scale, w.proj_scale, w.fc1_scale, w.fc2_scale, w.head_scale, s.mailboxes, s.turn,
+        s.turn if trace is None else trace, begin, end,
         IMAGES=max(1, len(s.tokens)), BATCH=batch, GROUP=group, LENGTH=w.length, HEADS=w.heads, CODES=w.codes,
         WORDS=s.mailboxes.shape[1], PROGRAMS=programs, EMBED=embed, LAST_OP=last_op, HEAD=head, REFILL=config.refill,
         TRACE=trace is not None,
@@ -140,10 +147,7 @@ def _start(
     programs = programs or _multiprocessors(w.qkv.device)
     prefetch = config.prefetch if sync and _bulk_prefetch(w.qkv.device) else 0
     decode_step_kernel[(programs,)](
-        s.first, s.tokens, s.start, s.modulations, s.head_modulation, s.keys, s.values, s.x, s.qkv, s.attended,
-        s.hidden, s.logits, w.tokens, w.positions, w.starts, w.qkv, w.qkv_bias, w.query_scale, w.proj, w.proj_bias,
-        w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.head, w.head_bias, s.mailboxes, s.turn, begin,
-        end,
+        *_tensors(w, s), s.mailboxes, s.turn, begin, end,
         IMAGES=max(1, len(s.tokens)), BATCH=batch, GROUP=group, LENGTH=w.length,
         PADDED=triton.next_power_of_2(w.length), HEADS=w.heads, D=width // w.heads, CODES=w.codes,
         WORDS=s.mailboxes.shape[1], AHEAD=config.ahead, PREFETCH=prefetch,

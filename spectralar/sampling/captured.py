@@ -179,7 +179,6 @@ class _Batch:
         # Of a whole generation every step knows its position; 16 bytes apart, as kernels are compiled for such places.
         self._firsts = torch.zeros(self._steps, 2, dtype=torch.int64, device=device)
         self._firsts[:, 0] = torch.arange(0, weights.length, weights.group)
-        self._start = Recording(self._begin, device)
         self._recorded: dict[tuple[SamplingSettings, str], Recording] = {}
 
     def fill(self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor) -> None:
@@ -200,7 +199,7 @@ class _Batch:
     def step(self, settings: SamplingSettings) -> Recording:
         """One step likewise, which moves on; the first is the next one."""
         recording = self._recording(settings, "step", self._move_on)
-        self._start()
+        self._begin()
         return recording
 
     def _recording(self, settings: SamplingSettings, what: str, work: Callable[[SamplingSettings], None]) -> Recording:
