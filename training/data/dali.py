@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from spectralar.training.data.ahead import ahead
 from spectralar.training.data.epochs import random_stream
 from spectralar.training.data.images import Crop, choose_cut, decode_image, plain_jpeg_size, resized_size
 from spectralar.training.data.shard_set import ShardSet
@@ -35,6 +36,8 @@ INSTALL = "pip install 'spectralar[cuda]'"
 
 # Batches in DALI's queue, of which one is with the model.
 _QUEUE = 3
+# Batches that were taken from DALI before they are asked for: what that costs the host does not stop a training step.
+_AHEAD = 2
 # More threads gain nothing, even where nothing is decoded on the GPU.
 _MOST_THREADS = 16
 
@@ -165,7 +168,10 @@ class DaliBatches:
         self._told = False
 
     def __iter__(self) -> Iterator[Answer]:
-        feed = _Feed(map(self._without_damaged, self.encoded))
+        # The processes that encode begin here, not in the thread: they are forks, and this thread may not be at work.
+        return ahead(self._decoded(_Feed(map(self._without_damaged, self.encoded))), self.device, depth=_AHEAD)
+
+    def _decoded(self, feed: _Feed) -> Generator[Answer, None, None]:
         try:
             while (error := (yield from self._until_error(feed))) is not None:
                 feed.begin_again(self._by_pillow(feed.queued[0], error))

@@ -141,11 +141,13 @@ class ImageLoader(Position, Iterator[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        stream = self._stream
-        if stream is None or self._stream_step != self.step:
+        if self._stream_step != self.step:
+            self._stream = None  # it ends before another asks the same processes
+        # After an error the stream would go on behind the batch that failed.
+        stream, self._stream = self._stream, None
+        if stream is None:
             self._requests.start = self.step
             stream = iter(self._batches)
-        self._stream = None  # after an error the stream would go on behind the batch that failed
         answer = next(stream)
         self._unreadable.add(answer.unreadable)
         self.step += 1
