@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -14,18 +13,14 @@ class StepConfig:
         warps: warps of a program; each has 32 of every 32 x warps inputs, and all columns.
         ahead: tiles of weights on their way to a thread, 16 bytes each.
         prefetch: products whose weights come to the L2 cache before a product, on Hopper; 0 for none.
-        ring: whether weights come through a ring in shared memory where `launch.rings`; then only `refill` matters.
+        ring: whether weights come through a ring in shared memory where `launch.rings`; then nothing else here matters.
             The other kernel has no fp8.
-        refill: when weights are asked for that take the place of others in the ring: "before" an operation waits for
-            its inputs; "after" they are there; "even", after as well, but about as many in each operation, so that
-            fewer are on their way while inputs are waited for.
     """
 
     warps: int = 8
     ahead: int = 16
     prefetch: int = 1
     ring: bool = True
-    refill: Literal["before", "after", "even"] = "before"
 
 
 STEP = StepConfig()

@@ -63,7 +63,7 @@ def launch(
     ring = config.ring and programs is None and _has_ring(weights)
     for embed, begin, end, first_op, last_op, head in parts:
         if ring:
-            _start_ring(weights, state, config, embed, begin, end, last_op, head)
+            _start_ring(weights, state, embed, begin, end, last_op, head)
             continue
         if programs is None:
             _start(weights, state, config, embed, begin, end, first_op, last_op, head, True)
@@ -106,7 +106,6 @@ def _tensors(w: DecodeWeights, s: DecodeState) -> tuple[torch.Tensor, ...]:
 def _start_ring(
     weights: DecodeWeights,
     state: DecodeState,
-    config: StepConfig,
     embed: bool,
     begin: int,
     end: int,
@@ -123,7 +122,7 @@ def _start_ring(
         *_tensors(w, s), w.qkv_scale, w.proj_scale, w.fc1_scale, w.fc2_scale, w.head_scale, s.mailboxes, s.turn,
         s.turn if trace is None else trace, begin, end,
         IMAGES=max(1, len(s.tokens)), BATCH=batch, GROUP=group, LENGTH=w.length, HEADS=w.heads, CODES=w.codes,
-        WORDS=s.mailboxes.shape[1], PROGRAMS=programs, EMBED=embed, LAST_OP=last_op, HEAD=head, REFILL=config.refill,
+        WORDS=s.mailboxes.shape[1], PROGRAMS=programs, EMBED=embed, LAST_OP=last_op, HEAD=head,
         TRACE=trace is not None,
         num_warps=RING_WARPS, enable_fp_fusion=True, launch_cooperative_grid=True,
     )  # fmt: skip

@@ -2,8 +2,8 @@
 `launch.py` starts it.
 
 As in `step_kernel.py` one program stays on each multiprocessor, and what one operation hands to the next lies in
-mailboxes. But weights come through a ring in shared memory (`weight_ring.py`), so that no reading of a mailbox waits
-behind them, and from there to registers before the inputs are there.
+mailboxes. But weights come through a ring in shared memory (`weight_ring.py`), and from there to registers before the
+inputs are there. What takes their place in the ring is asked for only then.
 
 Eight columns of two tiles are the 16 lines of a tensor core's tile, rows its eight columns. Thread 4 g + t of warp w
 has inputs 256 s + 32 w + 8 t to ... + 7 of every slice s, of column g and of row g; these are its part of two products:
@@ -292,8 +292,6 @@ def _wide_product(
         units, slot, phase = take(memory, slot, phase, min(_TAKEN, TILES - i_tile), PLAN)
         barrier()
         wanted = refill(memory, weights, i_program, i_layer, i_end, slot, OP, i_tile // _TAKEN, PLAN)
-        if PLAN.early:
-            ask(wanted, PLAN)
         units = widened(units, DTYPE, PLAN)
         if i_tile == 0:
             if NORMED:
@@ -304,8 +302,8 @@ def _wide_product(
                 words = receive((p_row,), o_mask, _row_loads(PLAN, 1, 2))
             if PLAN.trace:
                 mark(p_trace, i_layer * 10 + 2 * (OP % 5))
-        if not PLAN.early:
-            ask(wanted, PLAN)
+        # Not before, as mailboxes are read behind weights that are on their way.
+        ask(wanted, PLAN)
         if i_tile == 0:
             if NORMED:
                 inputs = _normed(words, scales, shifts, memory, o_row, DTYPE, PLAN)
@@ -368,15 +366,12 @@ def _long_product(
         units, slot, phase = take(memory, slot, phase, CHUNKS * TILES, PLAN)
         barrier()
         wanted = refill(memory, weights, i_program, i_layer, i_end, slot, 4, i // CHUNKS, PLAN)
-        if PLAN.early:
-            ask(wanted, PLAN)
         units = widened(units, DTYPE, PLAN)
         if i % TOGETHER == 0:
             inputs = receive((p_row + i * (2 * WIDTH),), o_mask, _row_loads(PLAN, TOGETHER, 2))
             if PLAN.trace:
                 mark(p_trace, i_layer * 10 + 8)
-        if not PLAN.early:
-            ask(wanted, PLAN)
+        ask(wanted, PLAN)
         for j in gl.static_range(CHUNKS):
             sums = _multiply(
                 sums, _quarter(inputs, (i + j) % TOGETHER, len(inputs) // TOGETHER), units, o_part,
@@ -425,7 +420,6 @@ def decode_ring_kernel(
     EMBED: gl.constexpr,
     LAST_OP: gl.constexpr,  # of each block, the one after by its place in `reference.OPS`
     HEAD: gl.constexpr,
-    REFILL: gl.constexpr,  # as in `StepConfig`
     TRACE: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = BATCH * GROUP
@@ -436,7 +430,7 @@ def decode_ring_kernel(
     X: gl.constexpr = ROWS * WIDTH
     BLOCK: gl.constexpr = 5 * X + 5 * X // 2
     SIZE: gl.constexpr = 2 if p_qkv_scale is None else 1
-    PLAN: gl.constexpr = plan_of(WIDTH, SIZE, ROWS, GROUP, CODES, PROGRAMS, LAST_OP, HEAD, REFILL, TRACE)
+    PLAN: gl.constexpr = plan_of(WIDTH, SIZE, ROWS, GROUP, CODES, PROGRAMS, LAST_OP, HEAD, TRACE)
     # Of the products, and then the scales.
     weights = (
         p_qkv_weight, p_proj_weight, p_fc1_weight, p_fc2_weight, p_head_weight,

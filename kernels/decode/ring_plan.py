@@ -87,7 +87,6 @@ class Plan:
         filled: units that are asked for at the beginning.
         refills: for each operation of `reference.OPS` one for each time that it takes units, one for attention; last
             those of the head.
-        early: whether units are asked for before the inputs are waited for, and not after.
         head: whether the step ends with the head.
         trace: whether times are kept.
         sums, norms, shares, barriers, end: bytes from the ring's beginning.
@@ -107,7 +106,6 @@ class Plan:
     block: int
     filled: int
     refills: tuple[tuple[Refill, ...], ...]
-    early: bool
     head: bool
     trace: bool
     sums: int
@@ -131,13 +129,12 @@ def slots_of(width: int, size: int) -> int:
 
 
 @triton.constexpr_function
-def _refills(
-    takes: list[list[int]], head: list[int], slots: int, refill: str
-) -> tuple[int, tuple[tuple[Refill, ...], ...]]:
+def _refills(takes: list[list[int]], head: list[int], slots: int) -> tuple[int, tuple[tuple[Refill, ...], ...]]:
     """The units asked for at the beginning, and `Plan.refills`, from the units that each operation takes, each time.
 
-    Evenly means: as many in each operation, half as many in attention and proj, which are shorter, as far as slots are
-    free, and as what is taken next is asked for. Then up to a quarter of the slots wait to be filled.
+    Each operation asks for about as many, attention and proj, which are shorter, for half, so that no inputs are
+    waited for behind many weights: as far as slots are free, and so that what is taken next has been asked for. Up to
+    a quarter of the slots wait to be filled for that.
     """
     shares = [1, 0.5, 0.5, 1, 1][: len(takes)]
     block = sum(map(sum, takes))
@@ -148,14 +145,13 @@ def _refills(
             freed += points[i]
             taken.append(freed)
             time = sum(shares[:op]) + shares[op] * (i + 1) / len(points)
-            wished.append(round(block * time / sum(shares)) if refill == "even" else freed)
-    late = max([0, *(wish - free for wish, free in zip(wished, taken, strict=True))])
-    late = max(0, min(late, slots // 4, slots - TAKEN))
+            wished.append(round(block * time / sum(shares)))
+    late = min(max(wish - free for wish, free in zip(wished, taken, strict=True)), slots // 4, slots - TAKEN)
     asked = []
     for i in range(len(taken)):
         following = taken[i + 1] if i + 1 < len(taken) else block + taken[0]
         asked.append(min(max(slots - late + wished[i], following), slots + taken[i]))
-    filled = asked[-1] - block if asked else slots
+    filled = asked[-1] - block
     found, point, before = [], 0, filled
     for op in range(len(takes)):
         refills = []
@@ -173,11 +169,9 @@ def _refills(
 
 @triton.constexpr_function
 def plan_of(
-    width: int, size: int, rows: int, group: int, codes: int, programs: int, last_op: int, head: bool, refill: str,
-    trace: bool,
-) -> Plan:  # fmt: skip
-    """The plan of a step whose blocks end before operation `last_op` of `reference.OPS`; see `Plan` and
-    `StepConfig.refill`."""
+    width: int, size: int, rows: int, group: int, codes: int, programs: int, last_op: int, head: bool, trace: bool
+) -> Plan:
+    """The plan of a step whose blocks end before operation `last_op` of `reference.OPS`; see `Plan`."""
     slices = (width + 255) // 256
     parts = 4 if rows <= 2 else 2 if rows <= 4 else 1
     products, takes, block = [], [], 0
@@ -197,11 +191,11 @@ def plan_of(
     takes.insert(1, [])
     head_takes = [min(TAKEN, tiles - i) for i in range(0, tiles, TAKEN)]
     slots = slots_of(width, size)
-    filled, refills = _refills(takes[:last_op], head_takes, slots, refill)
+    filled, refills = _refills(takes[:last_op], head_takes, slots)
     sums = slots * unit_bytes(width, size)
     barriers = sums + _SUMS + _NORMS + _SHARES
     end = (barriers + _BARRIERS + _ALLOCATED_IN - 1) // _ALLOCATED_IN * _ALLOCATED_IN
     return Plan(
         width, size, rows, group, programs, slots, parts, slices, chunks, together, tuple(products), block, filled,
-        refills, refill == "before", head, trace, sums, sums + _SUMS, sums + _SUMS + _NORMS, barriers, end,
+        refills, head, trace, sums, sums + _SUMS, sums + _SUMS + _NORMS, barriers, end,
     )  # fmt: skip

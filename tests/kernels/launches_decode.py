@@ -71,6 +71,3 @@ def sample_launches(capability: int = 90) -> None:
             weights = empty_weights(width, group=group, dtype=dtype)
             weights = quantized(weights) if fp8 else weights
             launch.launch(weights, DecodeState.allocate(weights, 1, 2))
-        for refill in ("after", "even"):
-            weights = empty_weights(1024)
-            launch.launch(weights, DecodeState.allocate(weights, 1, 2), config=StepConfig(refill=refill))

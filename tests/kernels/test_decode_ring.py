@@ -16,21 +16,19 @@ from spectralar.kernels.decode.state import MATRICES
 from tests.kernels import lanes
 from tests.kernels import test_decode_kernel as step
 
-REFILLS = ("before", "after", "even")
 OPS = [(0, op) for op in reference.OPS]
 
 
 # --- when weights are asked for --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("refill", REFILLS)
 @pytest.mark.parametrize("width", [64, 192, 1024, 1280, 1536, 1920])
 @pytest.mark.parametrize("size", [1, 2])
-def test_every_unit_is_asked_for_once_where_one_was_taken(size: int, width: int, refill: str) -> None:
+def test_every_unit_is_asked_for_once_where_one_was_taken(size: int, width: int) -> None:
     for programs, codes, last_op in itertools.product((78, 114, 132), (50, 4096, 16384), (1, 2, 3, 4, 5)):
         if width > 16 * programs:
             continue
-        plan = ring_plan.plan_of(width, size, 2, 1, codes, programs, last_op, last_op == 5, refill, False)
+        plan = ring_plan.plan_of(width, size, 2, 1, codes, programs, last_op, last_op == 5, False)
         follow(plan, last_op)
 
 
@@ -57,18 +55,18 @@ def follow(plan: ring_plan.Plan, last_op: int) -> None:
     assert asked == taken == end
 
 
-def test_fewer_are_asked_for_at_once() -> None:
-    def most(refill: str) -> int:
-        refills = ring_plan.plan_of(1024, 2, 2, 1, 4096, 132, 5, True, refill, False).refills
-        return max(sum(each.units for each in op) for op in refills)
-
-    assert (most("before"), most("even")) == (4, 3)
+@pytest.mark.parametrize(("width", "even"), [(1024, (3, 1, 2, 3, 3)), (1536, (5, 2, 2, 6, 6))])
+def test_operations_ask_for_about_as_many(width: int, even: tuple[int, ...]) -> None:
+    plan = ring_plan.plan_of(width, 2, 2, 1, 4096, 132, 5, True, False)
+    assert tuple(sum(each.units for each in op) for op in plan.refills[:5]) == even
+    # Fewer at once than are taken at once.
+    assert max(even) < max(product.units for product in plan.products[:4])
 
 
 @pytest.mark.parametrize("width", [64, 1024, 1280, 1536, 1920])
 @pytest.mark.parametrize("size", [1, 2])
 def test_it_fits_the_shared_memory(size: int, width: int) -> None:
-    plan = ring_plan.plan_of(width, size, 8, 1, 4096, 132, 5, True, "before", False)
+    plan = ring_plan.plan_of(width, size, 8, 1, 4096, 132, 5, True, False)
     assert plan.slots * ring_plan.unit_bytes(width, size) == plan.sums < plan.norms < plan.shares < plan.barriers
     assert plan.barriers + 8 * plan.slots <= plan.end <= ring_plan.SHARED_MEMORY
     # A lane for each unit asks for it.
@@ -130,12 +128,11 @@ def test_every_operation(until: tuple[int, str] | None, on_lanes: Callable[..., 
     step.check(weights, step.random_state(weights, 1, 2, first=3), until)
 
 
-@pytest.mark.parametrize("refill", REFILLS)
 @pytest.mark.parametrize(("rows", "group", "first"), [(1, 4, 4), (2, 4, 0), (3, 1, 6)])
-def test_groups_and_images(refill: Any, rows: int, group: int, first: int, on_lanes: Callable[..., None]) -> None:
+def test_groups_and_images(rows: int, group: int, first: int, on_lanes: Callable[..., None]) -> None:
     on_lanes(4)
     weights = step.random_weights(64, torch.float16, depth=3, group=group, length=8, codes=33)
-    step.check(weights, step.random_state(weights, rows, rows, first), None, config=StepConfig(refill=refill))
+    step.check(weights, step.random_state(weights, rows, rows, first), None)
 
 
 def test_slices_that_are_not_full(on_lanes: Callable[..., None]) -> None:
@@ -168,11 +165,10 @@ def test_fp8_weights(until: tuple[int, str] | None, dtype: torch.dtype, on_lanes
     step.check(weights, step.random_state(weights, 1, 2, first=3), until)
 
 
-@pytest.mark.parametrize("refill", REFILLS)
-def test_fp8_in_slices_that_are_not_full(refill: Any, on_lanes: Callable[..., None]) -> None:
+def test_fp8_in_slices_that_are_not_full(on_lanes: Callable[..., None]) -> None:
     on_lanes(20)
     weights = quantized(step.random_weights(320, torch.bfloat16, depth=1, group=2, length=4, codes=9))
-    step.check(weights, step.random_state(weights, 2, 2, 2), None, config=StepConfig(refill=refill))
+    step.check(weights, step.random_state(weights, 2, 2, 2), None)
 
 
 def test_times_of_every_operation(on_lanes: Callable[..., None]) -> None:
@@ -180,7 +176,7 @@ def test_times_of_every_operation(on_lanes: Callable[..., None]) -> None:
     weights = step.random_weights(64, torch.float16, length=8, codes=33)
     state = step.random_state(weights, 1, 2, 4)
     times = torch.zeros(4, 3, 5, 2, dtype=torch.int64)
-    launch._start_ring(weights, state, StepConfig(), True, 0, 2, 5, True, times)
+    launch._start_ring(weights, state, True, 0, 2, 5, True, times)
     inputs, results = times[:, :2].movedim(-1, 0)
     # Two rows of one head are two pieces, so two programs attend.
     assert ((inputs > 0).sum(0) == torch.tensor([4, 2, 4, 4, 4])).all()
@@ -248,7 +244,6 @@ def needs_hopper() -> None:
 
 
 BOTH = [StepConfig(ring=False), StepConfig()]
-ALL = [StepConfig(ring=False), *(StepConfig(refill=refill) for refill in REFILLS)]
 
 
 @pytest.mark.gpu
@@ -263,7 +258,7 @@ def test_every_operation_on_a_gpu(width: int, rows: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", ALL)
+@pytest.mark.parametrize("config", BOTH)
 @pytest.mark.parametrize(("width", "rows", "group"), [(128, 2, 1), (1024, 2, 1), (1024, 2, 4), (1280, 4, 1)])
 def test_whole_steps_on_a_gpu(width: int, rows: int, group: int, config: StepConfig) -> None:
     needs_hopper()
@@ -273,12 +268,11 @@ def test_whole_steps_on_a_gpu(width: int, rows: int, group: int, config: StepCon
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("refill", REFILLS)
 @pytest.mark.parametrize("width", [1536, 1920])
-def test_whole_steps_of_wide_ones_on_a_gpu(width: int, refill: Any) -> None:
+def test_whole_steps_of_wide_ones_on_a_gpu(width: int) -> None:
     needs_hopper()
     weights = step.random_weights(width, torch.bfloat16)
-    step.check(weights, step.random_state(weights, 2, 2, 7), None, config=StepConfig(refill=refill))
+    step.check(weights, step.random_state(weights, 2, 2, 7), None)
 
 
 @pytest.mark.gpu
@@ -293,12 +287,13 @@ def test_fp8_in_every_operation_on_a_gpu(width: int, rows: int, dtype: torch.dty
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("refill", REFILLS)
-@pytest.mark.parametrize(("width", "rows", "group"), [(1024, 2, 1), (1024, 2, 4), (1280, 4, 1), (1920, 2, 1)])
-def test_whole_steps_in_fp8_on_a_gpu(width: int, rows: int, group: int, refill: Any) -> None:
+@pytest.mark.parametrize(
+    ("width", "rows", "group"), [(1024, 2, 1), (1024, 2, 4), (1280, 4, 1), (1536, 2, 1), (1920, 2, 1)]
+)
+def test_whole_steps_in_fp8_on_a_gpu(width: int, rows: int, group: int) -> None:
     needs_hopper()
     weights = quantized(step.random_weights(width, torch.bfloat16, group=group))
-    step.check(weights, step.random_state(weights, rows, rows, 8), None, config=StepConfig(refill=refill))
+    step.check(weights, step.random_state(weights, rows, rows, 8), None)
 
 
 @pytest.mark.gpu
@@ -312,9 +307,7 @@ def test_rows_on_a_gpu(width: int, config: StepConfig) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("config", "fp8"), [*((config, False) for config in ALL), *((config, True) for config in ALL if config.ring)]
-)
+@pytest.mark.parametrize(("config", "fp8"), [*((config, False) for config in BOTH), (StepConfig(), True)])
 @pytest.mark.parametrize("width", [128, 1024])
 def test_replays_are_equal_to_the_bit(width: int, config: StepConfig, fp8: bool) -> None:
     needs_hopper()
