@@ -1,4 +1,4 @@
-"""The commands `spectralar bench kernels`, `spectralar bench sampler` and `spectralar bench training`."""
+"""The commands `spectralar bench kernels`, `sampler`, `training` and `loader`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tyro.conf import Positional
 
 from spectralar.bench import kernels_attention, kernels_dct, kernels_vq
 from spectralar.bench.cases import Case, Measurement, measure, select
 from spectralar.bench.frame import Run
+from spectralar.bench.loader import LoaderCase, loader_cases
+from spectralar.bench.loader_measure import Bench, LoaderMeasurement
+from spectralar.bench.loader_report import print_bare, print_loader
+from spectralar.bench.loader_report import summary_of as summary_of_loader
 from spectralar.bench.plots import SWEEPS, draw, measure_sweep
 from spectralar.bench.report import print_measurement, targets_met
 from spectralar.bench.sampler import BATCHES, PRESETS, SamplingCase, sampling_cases, with_curve
@@ -28,6 +33,7 @@ from spectralar.bench.training_report import print_training
 from spectralar.bench.training_report import summary_of as summary_of_training
 from spectralar.devices import auto_device
 from spectralar.sampling import BackendName
+from spectralar.training.data import ImageLoader
 
 CASES: tuple[Case, ...] = (*kernels_dct.CASES, *kernels_vq.CASES, *kernels_attention.CASES)
 
@@ -192,6 +198,52 @@ def bench_training_command(
     done = run.measure(chosen, measured, show)
     trained = [m for m in done if isinstance(m, TrainingMeasurement)]
     run.close(len(done), summary_of_training(trained) if ranks == 1 else summary_of_scaling(done))
+
+
+def bench_loader_command(
+    shards: Positional[str],
+    batch: int = 256,
+    size: int = 256,
+    workers: int = 8,
+    step_ms: float | None = None,
+    cases: tuple[str, ...] = (),
+    seconds: float = 60,
+    out: Path | None = None,
+    device: str = "auto",
+    commit: str = "",
+) -> None:
+    """Time how fast pictures reach the device, against bare DALI and against webdataset with Pillow.
+
+    Pictures and labels are compared with those of Pillow before anything is timed; a wrong result gets no time and no
+    ratio, and the exit status is 1. Then a training step is fed, to see whether it waits. The last line of the output
+    is one JSON object. On a CPU batches are small and the figures are no measure of any target.
+
+    Args:
+        shards: a folder of shards, one tar or a pattern of tars; best with indexes, as `spectralar shards` writes.
+        batch: pictures at once.
+        size: side of the random-resized crops, in pixels.
+        workers: processes of our loader and of the peer.
+        step_ms: length of the training step; 1.1 times what our loader takes for a batch unless given.
+        cases: parts of names or targets, such as P12 or step; all cases unless given.
+        seconds: about how long the whole may take; what does not fit is left out and named.
+        out: file to append the results to; on a GPU bench/results/loader.jsonl of the checkout unless given.
+        device: auto, cpu or cuda.
+        commit: recorded with the results where git can't be asked.
+    """
+    wanted = select(loader_cases(shards, batch, size, workers, step_ms), cases)
+    run = Run("loader", device, seconds, out, commit)
+    chosen = run.suited(wanted)
+    ImageLoader(chosen[0].config)  # refuses what cannot be loaded
+    # Most of the time goes into starting processes, judging and filling queues.
+    bench = Bench(run.device, min(5.0, seconds / 20))
+    bare = bench.bare(chosen[0])
+    print_bare(bare, chosen[0], run.console)
+
+    def measured(case: LoaderCase, _: float) -> LoaderMeasurement:
+        return bench.measure(case)
+
+    done = run.measure(chosen, measured, lambda m: print_loader(m, run.console))
+    run.close(len(done), summary_of_loader(done, bare))
 
 
 def _compiled_ahead(run: Run, cases: Sequence[SamplingCase]) -> set[str]:

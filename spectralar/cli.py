@@ -37,6 +37,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "spectralar.bench.commands:bench_training_command",
         "time training steps, on one GPU and several",
     ),
+    "bench loader": (
+        "spectralar.bench.commands:bench_loader_command",
+        "time how fast pictures reach the device",
+    ),
     "bench tune": ("spectralar.bench.tune:bench_tune_command", "try other rows of the kernels' launch tables"),
     "info": ("spectralar.commands:info", "what is installed, and what a model is made of"),
 }
