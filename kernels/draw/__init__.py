@@ -20,18 +20,18 @@ _LARGEST_FP32 = torch.finfo(torch.float32).max
 
 
 def philox_uniform(seeds: Tensor, offsets: Tensor) -> Tensor:
-    """Uniform numbers that are a pure function of (seed, offset): Philox-4x32-10, equal to Triton's `tl.rand`.
+    """Four uniform numbers, a pure function of (seed, offset): Philox-4x32-10, equal to Triton's `tl.rand4x`.
 
-    The seed is the 64-bit key and the offset the low 64 bits of the counter; the first word of the result becomes a
-    float by the rule of Triton. Values lie on a grid of 2^-31 near 0 and of 2^-24 near 1; both 0 and the largest,
-    1 - 2^-24, do occur.
+    The seed is the 64-bit key and the offset the low 64 bits of the counter; each of the four words of the result
+    becomes a float by the rule of Triton. Values lie on a grid of 2^-31 near 0 and of 2^-24 near 1; both 0 and the
+    largest, 1 - 2^-24, do occur.
 
     Args:
         seeds: integer tensor; negative values are read as their 64-bit pattern.
         offsets: integer tensor, broadcast against `seeds`.
 
     Returns:
-        float32 in [0, 1) of the broadcast shape.
+        float32 in [0, 1), of the broadcast shape and `[4]`: the words in their order.
 
     Raises:
         TypeError: an argument is not an integer tensor.
@@ -51,7 +51,9 @@ def philox_uniform(seeds: Tensor, offsets: Tensor) -> Tensor:
 
 
 def gumbel_noise(seeds: Tensor, position: int, codes: int) -> Tensor:
-    """Standard Gumbel noise `-log(-log(u))` for every code, with `u = philox_uniform(seed, position * codes + code)`.
+    """Standard Gumbel noise `-log(-log(u))` for every code, its own number of Philox.
+
+        u = philox_uniform(seed, position * ceil(codes / 4) + code // 4)[code % 4]
 
     `u = 0` is replaced by 2^-32. The noise reaches from -3.10 to 16.64, in steps where it is largest: a code whose
     probability is below about 1e-7 of the best is drawn with a frequency that is not its probability.

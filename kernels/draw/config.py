@@ -12,19 +12,22 @@ class DrawConfig:
     Attributes:
         block: codes that a program holds in registers, a power of two; longer rows are read again in each pass.
         warps: warps of a program; block / (32 warps) codes lie in a thread.
+        registers: the most that a thread may take; None leaves it to the compiler.
     """
 
     block: int
     warps: int
+    registers: int | None = None
 
 
 # By the largest number of codes that an entry is meant for. Passes wait for a sum over the block, so few warps are
-# better than many as long as a thread's codes fit: with top-p each takes three registers and as many again for work.
+# better than many as long as a thread's codes fit: with top-p each takes four registers. For 4096 codes 128
+# registers are enough, and two programs then share a multiprocessor: one works while the other waits.
 DRAW = {
     256: DrawConfig(block=256, warps=2),
     1024: DrawConfig(block=1024, warps=4),
     2048: DrawConfig(block=2048, warps=8),
-    4096: DrawConfig(block=4096, warps=8),
+    4096: DrawConfig(block=4096, warps=8, registers=128),
     8192: DrawConfig(block=8192, warps=16),
 }
 

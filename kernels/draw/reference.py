@@ -21,12 +21,13 @@ _SMALLEST_UNIFORM = 2.0**-32
 
 
 def philox_uniform(seeds: Tensor, offsets: Tensor) -> Tensor:
+    # [...], [...] -> [..., 4]
     seeds, offsets = torch.broadcast_tensors(seeds.long(), offsets.long())
     zero = torch.zeros_like(offsets)
     counter = (offsets & _MASK, (offsets >> 32) & _MASK, zero, zero)
-    word = philox(counter, (seeds & _MASK, (seeds >> 32) & _MASK))[0]
+    words = torch.stack(philox(counter, (seeds & _MASK, (seeds >> 32) & _MASK)), dim=-1)
     # Triton folds the sign bit away: a word and its complement give the same 31-bit integer.
-    folded = torch.where(word >> 31 == 1, word ^ _MASK, word)
+    folded = torch.where(words >> 31 == 1, words ^ _MASK, words)
     return folded.to(torch.float32) * _UNIFORM_SCALE
 
 
@@ -44,9 +45,10 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
 
 
 def gumbel_noise(seeds: Tensor, position: int | Tensor, codes: int) -> Tensor:
-    # [B] -> [B, K]
-    offsets = position * codes + torch.arange(codes, device=seeds.device)
-    uniform = philox_uniform(seeds[:, None], offsets).double().clamp_min(_SMALLEST_UNIFORM)
+    # [B] -> [B, K]; four codes in a row share an offset.
+    offsets = -(-codes // 4)
+    uniform = philox_uniform(seeds[:, None], position * offsets + torch.arange(offsets, device=seeds.device))
+    uniform = uniform.flatten(1)[:, :codes].double().clamp_min(_SMALLEST_UNIFORM)
     return (-(-uniform.log()).log()).float()
 
 

@@ -43,11 +43,12 @@ import torch, triton, triton.language as tl
 @triton.jit
 def uniform_kernel(p_seed, p_offset, p_bits, LENGTH: tl.constexpr):
     o = tl.arange(0, LENGTH)
-    u = tl.rand(tl.load(p_seed + o), tl.load(p_offset + o))
-    tl.store(p_bits + o, u.to(tl.int32, bitcast=True))
+    u = tl.rand4x(tl.load(p_seed + o), tl.load(p_offset + o))
+    for word in tl.static_range(4):
+        tl.store(p_bits + 4 * o + word, u[word].to(tl.int32, bitcast=True))
 
 seeds, offsets = json.loads(sys.argv[1])
-bits = torch.zeros(len(seeds), dtype=torch.int32)
+bits = torch.zeros(len(seeds), 4, dtype=torch.int32)
 uniform_kernel[(1,)](torch.tensor(seeds), torch.tensor(offsets), bits, len(seeds))
 print(json.dumps(bits.tolist()))
 """
@@ -89,19 +90,19 @@ def test_philox_is_tritons_bit_for_bit(tmp_path: Path) -> None:
 
 def test_uniform_is_in_range_and_uniform() -> None:
     u = philox_uniform(torch.arange(64)[:, None], torch.arange(4096))
-    assert u.shape == (64, 4096) and u.dtype == torch.float32
+    assert u.shape == (64, 4096, 4) and u.dtype == torch.float32
     assert u.min() >= 0 and u.max() < 1
     counts = torch.histc(u, 256, 0, 1).double()
     mean = u.numel() / 256
     statistic = ((counts - mean).square() / mean).sum().item()
     assert chi2.sf(statistic, 255) > 1e-3
-    assert len(u[:, :64].unique()) > 4000
+    assert len(u[:, :16].unique()) > 4000
 
 
 def test_extreme_words_become_floats_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for word, expected in ((0, 0.0), (0xFFFFFFFF, 0.0), (0x7FFFFFFF, 1 - 2.0**-24), (0x80000000, 1 - 2.0**-24)):
-        monkeypatch.setattr(draw_reference, "philox", lambda *_, w=word: (torch.tensor([w]),))
-        assert philox_uniform(torch.tensor([0]), torch.tensor([0])).item() == expected
+        monkeypatch.setattr(draw_reference, "philox", lambda *_, w=word: (torch.tensor([w]),) * 4)
+        assert philox_uniform(torch.tensor([0]), torch.tensor([0])).tolist() == [[expected] * 4]
         noise = gumbel_noise(torch.tensor([0]), 0, 1).item()
         assert noise == pytest.approx(-3.0992 if expected == 0 else 16.6355, abs=1e-4)
 
@@ -109,13 +110,25 @@ def test_extreme_words_become_floats_below_one(monkeypatch: pytest.MonkeyPatch) 
 def test_gumbel_noise() -> None:
     seeds = torch.tensor([3, -9, 2**40])
     noise = gumbel_noise(seeds, 5, 1000)
-    u = philox_uniform(seeds[:, None], 5 * 1000 + torch.arange(1000)).double()
+    u = philox_uniform(seeds[:, None], 5 * 250 + torch.arange(250)).flatten(1).double()
     assert noise.dtype == torch.float32 and noise.shape == (3, 1000)
     assert torch.equal(noise, (-(-u.log()).log()).float())
     many = gumbel_noise(torch.arange(100), 2, 1000).double()
     # Mean 0.5772 and variance pi^2 / 6; four standard errors.
     assert abs(many.mean() - 0.5772156649) <= 4 * math.sqrt(math.pi**2 / 6 / many.numel())
     assert abs(many.var() / (math.pi**2 / 6) - 1) <= 4 * math.sqrt(4.4 / many.numel())
+
+
+@pytest.mark.parametrize("codes", [1, 2, 3, 5, 1001])
+def test_noise_by_its_definition(codes: int) -> None:
+    """A number of codes that is not divided by four leaves words of the last offset unused."""
+    offsets = math.ceil(codes / 4)
+    for position in (0, 3, 2**40):
+        noise = gumbel_noise(torch.tensor([-4]), position, codes)[0]
+        assert noise.shape == (codes,)
+        for code in range(0, codes, 1 if codes < 10 else 97):
+            u = philox_uniform(torch.tensor(-4), torch.tensor(position * offsets + code // 4))[code % 4].double()
+            assert noise[code] == (-(-u.log()).log()).float()
 
 
 def test_noise_of_neighbouring_positions_does_not_overlap() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from typing import Any
 
 import pytest
@@ -129,6 +130,68 @@ def test_the_borders_of_the_filters(top_k: int, top_p: float, block: int, monkey
     assert_as_reference(torch.stack(logits), torch.tensor(seeds), 1, top_k=top_k, top_p=top_p)
 
 
+@triton.jit
+def seed_as_number(seed, first, i_chunk, BLOCK: tl.constexpr):
+    o_code = i_chunk * BLOCK + tl.arange(0, BLOCK)
+    return tl.where(o_code == seed, 1.0, 0.0)
+
+
+@triton.jit
+def infinite_at_one(b_u):
+    return tl.where(b_u == 1.0, float("inf"), 0.0)
+
+
+TOP_P = [math.pi / 10, math.e / 4, math.pi / 3.15]
+
+
+def row_of(kind: str, codes: int, seed: int) -> Tensor:
+    """Logits of which a search may find the border hard."""
+    draw = torch.Generator().manual_seed(seed)
+    row = 3 * torch.randn(codes, generator=draw)
+    numbers = torch.randint(4, (codes,), generator=draw)
+    match kind:
+        case "heavy":
+            row = row / torch.rand(codes, generator=draw).clamp_min(1e-6)
+        case "peaked":
+            row[-1] += 40
+        case "equal":
+            row = torch.full((codes,), -2.5)
+        case "few":
+            row = numbers * 0.7
+        case "forbidden":
+            row[1:][numbers[1:] == 0] = -INF
+        case "subnormal":
+            row = numbers.cumsum(0) * 2.0**-145
+        case "bf16":
+            row = row.bfloat16().float()
+    return row
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="what a compiled kernel calls cannot be replaced")
+@pytest.mark.parametrize("kind", ["normal", "heavy", "peaked", "equal", "few", "forbidden", "subnormal", "bf16"])
+def test_the_codes_that_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With noise that lets the code `seed` win, a code is drawn exactly if the filters keep it."""
+    monkeypatch.setattr(kernel, "_uniform", seed_as_number)
+    monkeypatch.setattr(kernel, "_gumbel", infinite_at_one)
+    choose = random.Random(kind)
+    filters = [(True, 0.0)] * 4 + [(False, p) for p in TOP_P] + [(True, p) for p in TOP_P]
+    for case, (filters_top_k, top_p) in enumerate(filters):
+        codes = choose.choice([1, 3, 33, 40, 47, 48])
+        top_k = choose.randint(1, codes) if filters_top_k else 0
+        temperature = choose.choice([1.0, 1.0, 0.1, 7.0, 1e-30, 1e30])
+        row = row_of(kind, codes, case)
+        tempered = (row - row.max()) / temperature
+        kept = reference.filter_logits(tempered, top_k=top_k, top_p=top_p).isfinite()
+        # The last that stay and the first that do not; what cannot be drawn is never asked for.
+        order = tempered.sort(descending=True, stable=True).indices[: int(tempered.isfinite().sum())]
+        last = int(kept.sum())
+        asked = order[max(last - 2, 0) : last + 2]
+        rows = row.expand(len(asked), codes)
+        config = DrawConfig(block=16 if case % 3 == 0 else 64, warps=1)
+        drawn = kernel.launch(rows, None, asked, 0, 1.0, temperature, top_k, top_p, False, config)
+        assert (drawn == asked).tolist() == kept[asked].tolist(), (codes, top_k, top_p, temperature)
+
+
 def test_scores_that_fp32_noise_cannot_tell_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     # Every score is 5 but for rounding: the exact noise decides, and equal scores go to the lowest index.
     seeds = torch.arange(12)
@@ -225,7 +288,8 @@ def test_noise_in_fp32_keeps_its_error_bound() -> None:
     count = 2**18 if DEVICE == "cpu" else 2**24
     # All values from 1/2 on lie on this grid: on a GPU half of its steps are tried, and the others below.
     steps = torch.arange(1, count // 2 + 1)
-    u = torch.cat([1 - steps * 2.0**-24, steps * 2.0**-32, philox_uniform(torch.tensor([1]), torch.arange(count))])
+    drawn = philox_uniform(torch.tensor([1]), torch.arange(count // 4)).flatten()
+    u = torch.cat([1 - steps * 2.0**-24, steps * 2.0**-32, drawn])
     u = u.float().clamp_min(2.0**-32)
     noise = torch.empty_like(u, device=DEVICE)
     noise_kernel[(len(u) // 4096,)](u.to(DEVICE), noise, COUNT=4096, enable_fp_fusion=False)
