@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .config import MARGIN, DrawConfig, draw_config
 
-# The first probes of a search lie at a quarter and a half of the largest distance, where borders mostly are; later ones
+# The first pass of a search looks from an eighth of the largest distance on, where borders mostly are; later ones
 # anywhere.
 _FIRST_SPAN = tl.constexpr(3 << 23)
 _ANY_SPAN = tl.constexpr(0x7FFFFFFF)
@@ -104,8 +104,10 @@ def _narrowed(low, high, sum_low, sum_high, one, two, sum_one, sum_two, target):
 
 
 @triton.jit
-def _add_pairs(one_a, two_a, one_b, two_b):
-    return one_a + one_b, two_a + two_b
+def _middle(low, high, span):
+    """A key between `low` and `high`, in the middle of what lies at most `span` below `high`."""
+    floor = tl.maximum(low, high - span)
+    return floor + (high - floor) // 2
 
 
 @triton.jit
@@ -158,15 +160,6 @@ def _gumbel(b_u):
 
 
 @triton.jit
-def _noise(b_held, seed, first, i_chunk, K: tl.constexpr, BLOCK: tl.constexpr):
-    """A chunk of the noise: the registers that hold the whole row's, or made here."""
-    if K <= BLOCK:
-        return b_held
-    else:
-        return _gumbel(_uniform(seed, first, i_chunk, BLOCK))
-
-
-@triton.jit
 def _draw(
     p_cond,  # [K]
     p_uncond,  # [K]; only read with GUIDED
@@ -200,11 +193,7 @@ def _draw(
             best = tl.maximum(best, chunk_best)
     else:
         b_logit = _mixed(p_cond, p_uncond, guidance, 0, K, BLOCK, GUIDED)
-        # Noise needs no logits: a row that is held makes it while they are on their way.
         first = position * ((K + 3) // 4)
-        b_held_noise = b_logit
-        if CHUNKS == 1:
-            b_held_noise = _gumbel(_uniform(seed, first, 0, BLOCK))
         best, worst = _best_and_worst(b_logit)
         for i_chunk in range(1, CHUNKS):
             chunk_best, chunk_worst = _best_and_worst(_mixed(p_cond, p_uncond, guidance, i_chunk, K, BLOCK, GUIDED))
@@ -237,8 +226,9 @@ def _draw(
                 )  # fmt: skip
                 span = tl.full([], _ANY_SPAN, tl.int32)
 
-        # The same for the key at which the mass reaches top-p. Codes up to `low` stay, those between in the order of
-        # their index while there is room. Two of them weigh at least twice the lightest that could lie there.
+        # The same for the key at which the mass reaches top-p, by one probe, as sums of masses are dear. Codes up to
+        # `low` stay, those between in the order of their index while there is room. Two of them weigh at least twice
+        # the lightest that could lie there.
         low = tl.full([], -1, tl.int32)
         high = key_k
         room = tl.full([], 0, tl.int64)
@@ -257,22 +247,19 @@ def _draw(
             target = tl.ceil(top_p * mass_high.to(tl.float64)).to(tl.int64)
             span = tl.full([], _FIRST_SPAN, tl.int32)
             while (high - low > 1) & m_several:
-                one, two = _probes(low, high, span)
-                mass_one = tl.full([], 0, tl.int64)
-                mass_two = tl.full([], 0, tl.int64)
+                middle = _middle(low, high, span)
+                mass = tl.full([], 0, tl.int64)
                 for i_chunk in range(CHUNKS):
                     b_x = _tempered(
                         b_held, best, temperature, p_cond, p_uncond, guidance, i_chunk, K, BLOCK, GUIDED, TEMPERED
                     )  # fmt: skip
                     b_weight = _held_weights(b_held_weight, b_x, key_k, K, BLOCK, TOP_P, SCALE)
-                    b_one = tl.where(_key(b_x) <= one, b_weight, 0)
-                    b_two = tl.where(_key(b_x) <= two, b_weight, 0)
-                    chunk_one, chunk_two = tl.reduce((b_one, b_two), 0, _add_pairs)
-                    mass_one += chunk_one
-                    mass_two += chunk_two
-                low, high, mass_low, mass_high = _narrowed(
-                    low, high, mass_low, mass_high, one, two, mass_one, mass_two, target
-                )  # fmt: skip
+                    mass += tl.sum(tl.where(_key(b_x) <= middle, b_weight, 0), axis=0)
+                m_enough = mass >= target
+                high = tl.where(m_enough, middle, high)
+                mass_high = tl.where(m_enough, mass, mass_high)
+                low = tl.where(m_enough, low, middle)
+                mass_low = tl.where(m_enough, mass_low, mass)
                 span = tl.full([], _ANY_SPAN, tl.int32)
                 two_lightest = tl.exp(-high.to(tl.float32, bitcast=True)) * (1.99 * SCALE)
                 m_several = (mass_high - mass_low).to(tl.float32) + 1.0 >= two_lightest
@@ -290,7 +277,7 @@ def _draw(
             )  # fmt: skip
             b_weight = _held_weights(b_held_weight, b_x, key_k, K, BLOCK, TOP_P, SCALE)
             m_kept, left = _kept(b_x, b_weight, low, high, m_several, left, TOP_P)
-            b_score = tl.where(m_kept, b_x + _noise(b_held_noise, seed, first, i_chunk, K, BLOCK), float("-inf"))
+            b_score = tl.where(m_kept, b_x + _gumbel(_uniform(seed, first, i_chunk, BLOCK)), float("-inf"))
             chunk_top, chunk_code, chunk_next = tl.reduce((b_score, i_chunk * BLOCK + o_block, b_none), 0, _best_two)
             top_score, code, next_score = _best_two(top_score, code, next_score, chunk_top, chunk_code, chunk_next)
 
