@@ -15,6 +15,7 @@ cannot read is treated as on its own path (see `unreadable`), and a new pipeline
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import os
 from collections import deque
@@ -300,7 +301,9 @@ class _Feed:
         self._source = source
         self._waiting: deque[EncodedBatch] = deque()
 
-    def __call__(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self) -> tuple[list[Any], np.ndarray, np.ndarray, np.ndarray]:
+        from nvidia.dali.tensors import TensorCPU
+
         if not self._waiting and self.failure is not None:
             raise StopIteration
         try:
@@ -311,8 +314,10 @@ class _Feed:
             self.failure = error
             raise StopIteration from None
         self.queued.append(batch)
-        # Views: DALI reads what the worker wrote, and holds on to it until it has.
-        files = np.split(batch.files.numpy(), batch.ends[:-1])
+        # Views: DALI reads what the worker wrote, and holds on to it until it has. As tensors of its own, of which it
+        # takes hundreds a batch in half of the time.
+        joined, ends = batch.files.numpy(), batch.ends.tolist()
+        files = [TensorCPU(joined[start:end]) for start, end in itertools.pairwise([0, *ends])]
         return files, batch.first, batch.last, batch.mirrored
 
     def begin_again(self, first: EncodedBatch) -> None:
