@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ class Reading:
         lr: its learning rate.
         means: means of the scalars over the steps and ranks.
         images_per_second: of all ranks.
-        loader_wait: share of the time in which this rank's device stood still for the loader, at most; its start
-            counts.
+        loader_wait: share of the time in which this rank's device stood still for the loader; its start counts.
         first_bad: number of the run's first step whose loss or gradient was not finite, on this rank.
     """
 
@@ -35,6 +34,19 @@ class Reading:
     images_per_second: float
     loader_wait: float
     first_bad: int
+
+
+class _Sent(NamedTuple):
+    """What `Meter.close` has sent; `fetches` are from before to after each."""
+
+    step: int
+    lr: float
+    images: int
+    waited: float
+    fetches: list[tuple[torch.cuda.Event, torch.cuda.Event]]
+    names: list[str]
+    values: Tensor
+    arrived: torch.cuda.Event | None
 
 
 class Meter:
@@ -49,20 +61,30 @@ class Meter:
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self._ranks = ranks
-        self._step_done = torch.cuda.Event() if device.type == "cuda" else None
+        self._cuda = device.type == "cuda"
+        self._fetches: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._sums: dict[str, Tensor] = {}
         self._steps, self._images = 0, 0
         self._waited = 0.0
         self._began = time.perf_counter()
-        self._sent: tuple[int, float, int, float, list[str], Tensor, torch.cuda.Event | None] | None = None
+        self._sent: _Sent | None = None
 
     def fetch(self, batches: Iterator[T]) -> T:
-        """The next batch. Time for it counts as waiting where the device has done all steps before it comes."""
-        began = time.perf_counter()
-        batch = next(batches)
-        # The host is ahead of a GPU: that it waits does not mean that the GPU does.
-        if self._step_done is None or self._step_done.query():
+        """The next batch; what passes meanwhile is waiting, on a GPU by its own clock.
+
+        The host is ahead of a GPU. So the GPU comes to the first event when it is done with all steps before, and to
+        the second right after it, unless the host is still waiting or the batch is still being decoded.
+        """
+        if not self._cuda:
+            began = time.perf_counter()
+            batch = next(batches)
             self._waited += time.perf_counter() - began
+            return batch
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        batch = next(batches)
+        after.record()
+        self._fetches.append((before, after))
         return batch
 
     def add(self, scalars: dict[str, Tensor], images: int) -> None:
@@ -71,8 +93,6 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0) + value
         self._steps += 1
         self._images += images
-        if self._step_done is not None:
-            self._step_done.record()
 
     def close(self, step: int, lr: float, first_bad: Tensor) -> None:
         """Sends the means of the steps since the last call; the reading before must have been taken."""
@@ -84,17 +104,18 @@ class Meter:
             values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._sent = step, lr, self._images, self._waited, list(self._sums), values, arrived
-        self._sums, self._steps, self._images, self._waited = {}, 0, 0, 0.0
+        self._sent = _Sent(step, lr, self._images, self._waited, self._fetches, list(self._sums), values, arrived)
+        self._sums, self._steps, self._images, self._waited, self._fetches = {}, 0, 0, 0.0, []
 
     def take(self) -> Reading | None:
         """What was sent, once it is there; None where nothing is on its way."""
         if self._sent is None:
             return None
-        step, lr, images, waited, names, values, arrived = self._sent
+        step, lr, images, waited, fetches, names, values, arrived = self._sent
         self._sent = None
         if arrived is not None:
             arrived.synchronize()
+        waited += sum(before.elapsed_time(after) for before, after in fetches) / 1e3
         now = time.perf_counter()
         elapsed = now - self._began
         self._began = now
