@@ -61,7 +61,7 @@ def run_trial(
     if steps is None and seconds is None:
         raise ValueError("steps or seconds must be given")
     run = override(base, trial.changes)
-    loader = ImageLoader(run.data)
+    loader = ImageLoader(run.data, device=run.loop.resolved_device())
     first = loader.state_dict()
     if seconds is not None:
         pace = _pace(trial, override(run, {"loop.out": str(out / "pace")}), loader)
