@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import batch_kernel, launch, reference
-from .fp8 import dequantize, quantize, quantized
+from .fp8 import FP8, dequantize, quantize, quantized, widened
 from .state import DecodeState, DecodeWeights
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "obstacle",
     "quantize",
     "quantized",
+    "widened",
 ]
 
 
@@ -53,11 +54,13 @@ def implementation(weights: DecodeWeights, rows: int) -> str:
     Returns:
         "persistent", one kernel for the whole step, for fp16, bf16 and fp32 weights on a GPU, on Hopper with fp8
         matrices too (`launch.rings`), and at most `config.MAX_ROWS` rows times tokens of a group; "batch", a chain of
-        kernels, for all else; "reference", plain PyTorch, on a CPU and in fp64.
+        kernels, for all else and `widened` matrices; "reference", plain PyTorch, on a CPU and in fp64.
     """
     if not weights.qkv.is_cuda or weights.dtype == torch.float64:
         return "reference"
-    return "persistent" if launch.fits(weights, rows) else "batch"
+    # The kernels for few rows have scales for fp8 alone.
+    wide = weights.qkv_scale is not None and weights.qkv.dtype != FP8
+    return "persistent" if launch.fits(weights, rows) and not wide else "batch"
 
 
 def decode_step(weights: DecodeWeights, state: DecodeState, *, until: tuple[int, str] | None = None) -> None:

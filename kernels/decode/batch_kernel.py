@@ -444,7 +444,7 @@ def _product(
 ) -> None:
     """Linear layer, `[R, G, K]` to `[R, G, O]`; without bias `count` parts of it, `[count, R, G, O]`.
 
-    `following` are the weights of the next product, if there is one; `scale` belongs to fp8 weights.
+    `following` are the weights of the next product, if there is one; `scale` belongs to fp8 weights, widened or not.
     """
     rows, inner, outputs = a.shape[0] * a.shape[1], a.shape[2], len(weight)
     config = product_config(rows, a.element_size(), partial=bias is None)

@@ -24,6 +24,14 @@ def quantized(weights: DecodeWeights) -> DecodeWeights:
     return replace(weights, **found)
 
 
+def widened(weights: DecodeWeights) -> DecodeWeights:
+    """The same with its fp8 matrices' numbers, exactly, in the dtype of the other weights, and with their scales.
+
+    Products then read more bytes and convert none: faster above `config.MAX_ROWS` rows times tokens of a group.
+    """
+    return replace(weights, **{name: getattr(weights, name).to(weights.dtype) for name in MATRICES})
+
+
 def quantize(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The nearest fp8 numbers to the matrices' elements over a scale for each row.
 

@@ -20,7 +20,8 @@ class DecodeWeights:
     L blocks of width W with H heads of W / H channels, groups of G tokens, N tokens in all, K codes.
 
     The five `MATRICES` may be in fp8 (`torch.float8_e4m3fn`), all of them, each with an fp32 scale for every output
-    channel: output j is `sum_k(x_k w_jk) scale_j + bias_j`. See fp8.py.
+    channel: output j is `sum_k(x_k w_jk) scale_j + bias_j`. With scales they may also hold the same numbers in the
+    dtype of the others (`widened`). See fp8.py.
 
     Attributes:
         tokens: `[K, W]`, the row by which a drawn token enters.
@@ -37,7 +38,7 @@ class DecodeWeights:
         fc2_bias: `[L, W]`.
         head: `[K, W]`.
         head_bias: `[K]`.
-        qkv_scale: `[L, 3 W]` with fp8 matrices, else None, as all scales.
+        qkv_scale: `[L, 3 W]` with fp8 or widened matrices, else None, as all scales.
         proj_scale: `[L, W]`.
         fc1_scale: `[L, 4 W]`.
         fc2_scale: `[L, W]`.
@@ -70,7 +71,7 @@ class DecodeWeights:
         return self.qkv_bias.dtype
 
     def scale(self, name: str, layer: int) -> Tensor | None:
-        """The scales of a block's matrix of that name, `[O]`; None where it is not fp8."""
+        """The scales of a block's matrix of that name, `[O]`; None where it has none."""
         scales = getattr(self, f"{name}_scale")
         return None if scales is None else scales[layer]
 

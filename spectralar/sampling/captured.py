@@ -60,6 +60,9 @@ class CapturedBackend:
     generation when a parameter was replaced, moved or changed in place. Changes that leave no trace, by a CUDA graph or
     through `.data`, need a new sampler.
 
+    Above `decode.config.MAX_ROWS` rows times tokens of a group, fused steps read fp8 weights from a copy in the
+    generator's dtype (`decode.widened`), made for the first such batch.
+
     Args:
         generator: stays on its device and keeps its dtype.
         step: see `STEPS`.
@@ -72,6 +75,7 @@ class CapturedBackend:
         self._step, self._pool = STEPS[step], pool
         self._lock = threading.Lock()
         self._packed: tuple[DecodeWeights, ClassTables] | None = None
+        self._widened: DecodeWeights | None = None
         self._seen: list[tuple[int, int]] = []
 
     @torch.inference_mode()
@@ -117,15 +121,20 @@ class CapturedBackend:
             yield batch
 
     def _pack(self, images: int, guided: bool) -> tuple[DecodeWeights, ClassTables]:
-        """The weights as steps read them, as they were when they were last looked at."""
+        """The weights as steps of such a batch read them, as they were when they were last looked at."""
+        needed, device = self._needed(images, guided), self.generator.device
         with self._lock:
             if self._packed is None:
-                needed = self._needed(images, guided)
-                device = self.generator.device
-                _check_memory(needed.weights + needed.batch, "weights and buffers", images, device)
+                _check_memory(sum(needed), "weights and buffers", images, device)
                 self._seen = _traces(self.generator)
                 self._packed = pack(self.generator, self._format), class_tables(self.generator)
-            return self._packed
+            weights, tables = self._packed
+            if not needed.widened:
+                return weights, tables
+            if self._widened is None:
+                _check_memory(needed.widened + needed.batch, "weights for many rows and buffers", images, device)
+                self._widened = decode.widened(weights)
+            return self._widened, tables
 
     def _refresh(self) -> bool:
         """Packs weights again that have changed; whether any had."""
@@ -136,6 +145,8 @@ class CapturedBackend:
             weights, tables = self._packed
             _overwrite(weights, pack(self.generator, self._format))
             _overwrite(tables, class_tables(self.generator))
+            if self._widened is not None:
+                _overwrite(self._widened, weights)
             self._seen = seen
             return True
 
@@ -145,7 +156,9 @@ class CapturedBackend:
 
     def _needed(self, images: int, guided: bool) -> Memory:
         generator = self.generator
-        return memory_needed(generator.config, images, guided, generator.positions.dtype, self._format)
+        needed = memory_needed(generator.config, images, guided, generator.positions.dtype, self._format)
+        # Plain PyTorch converts weights of any dtype.
+        return needed if self._step is decode.decode_step else needed._replace(widened=0)
 
 
 class _Batch:

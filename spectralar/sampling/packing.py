@@ -13,6 +13,7 @@ from spectralar.config import GeneratorConfig
 from spectralar.generator import SpectralGenerator
 from spectralar.generator.model import Block
 from spectralar.kernels.decode import DecodeState, DecodeWeights, quantize
+from spectralar.kernels.decode.config import MAX_ROWS
 from spectralar.kernels.decode.state import mailbox_words
 
 WeightFormat = Literal["same", "fp8"]
@@ -121,10 +122,17 @@ _ROUNDING = 2**24
 
 
 class Memory(NamedTuple):
-    """Bytes that sampling needs beside the models: for all batches together, and for each that runs."""
+    """Bytes that sampling needs beside the models.
+
+    Attributes:
+        weights: for all batches together.
+        batch: for each batch that runs.
+        widened: for all batches of many rows together: the copy of fp8 weights that fused kernels read there.
+    """
 
     weights: int
     batch: int
+    widened: int
 
 
 def memory_needed(
@@ -134,7 +142,7 @@ def memory_needed(
     dtype: torch.dtype = torch.bfloat16,
     weights: WeightFormat = "same",
 ) -> Memory:
-    """Bytes of packed weights and class tables, and of the buffers of a batch, at most.
+    """Bytes of packed weights and class tables, of the buffers of a batch, and of widened fp8 weights, at most.
 
     Args:
         config: of the generator.
@@ -158,7 +166,8 @@ def memory_needed(
     copies = 3 * config.tokens * width
     buffers = rows * ((of_a_class + cache + activations) * size + (between_blocks + copies) * wide)
     # The plain twin of a product with fp8 weights copies them; 4 W or K rows are the most.
-    widened = 0 if weights == "same" else max(4 * width, codes) * width * wide
+    twin = 0 if weights == "same" else max(4 * width, codes) * width * wide
+    widened = matrix_values * size if weights == "fp8" and rows * group > MAX_ROWS else 0
     mailboxes = 2 * 4 * mailbox_words(depth, width, rows * group, dtype)
     numbers = 8 * (images * (config.tokens + 1) + rows + config.steps + 2)
-    return Memory(packed, buffers + widened + mailboxes + numbers + _ROUNDING)
+    return Memory(packed, buffers + twin + mailboxes + numbers + _ROUNDING, widened)

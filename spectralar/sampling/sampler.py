@@ -84,7 +84,10 @@ class Sampler:
             recorded likewise; `auto`, by device. On a CPU nothing is recorded.
         weights: `same`, in the generator's dtype; `fp8`, eight bits a weight in the matrix products of steps, with a
             scale for each output channel, and arithmetic in the generator's dtype. What is drawn changes then, and
-            `weight_error` says by how much. For `graph`, and `fused` on GPUs of compute capability 8.9 or above.
+            `weight_error` says by how much. For `graph`, and `fused` on GPUs of compute capability 8.9 or above. It is
+            for few rows: above 8 rows (one an image, two with guidance) times tokens of a group `fused` reads a copy of
+            the same numbers in the generator's dtype, made when first needed, which is no faster than `same`. In 16
+            bits both together take one and a half times the memory of `same`, 411 MB more than fp8 alone for d16.
 
     Attributes:
         backend: the backend in use, never `auto`; chosen again when the generator moves or changes its dtype.

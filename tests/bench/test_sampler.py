@@ -220,9 +220,9 @@ def test_fp8_draws_are_judged_by_fp8_weights() -> None:
     greedy = replace(settings, greedy=True)
     for each in (settings, greedy):
         assert case.judge(sampler)(draws(sampler)(classes, seeds, each)).error <= 1
-    # The other weights draw something else, as do these for a judge of the others.
-    assert case.judge(sampler)(draws(bf16)(classes, seeds, settings)).error > 2
-    assert own.judge(bf16)(draws(sampler)(classes, seeds, settings)).error > 2
+    # The other weights draw something else, as do these for a judge of the others; a tiny model draws it rarely.
+    assert case.judge(sampler)(draws(bf16)(classes, seeds, settings)).error > 1
+    assert own.judge(bf16)(draws(sampler)(classes, seeds, settings)).error > 1
     assert [peer.name for peer in case.peers(CPU)] == [BF16]
 
 

@@ -51,9 +51,10 @@ def sample_launches(capability: int = 90) -> None:
             batch_kernel._product(a[:, None], weight, weight[:, 0].contiguous(), hidden, weight, gelu=True)
             batch_kernel._product_parts(hidden, weight.view(1024, 4096), weight)
             if capability >= 89:
-                scale, weight = torch.ones(4096), weight.to(torch.float8_e4m3fn)
-                batch_kernel._product(a[:, None], weight, weight[:, 0].bfloat16(), hidden, weight, scale, gelu=True)
-                batch_kernel._product_parts(hidden, weight.view(1024, 4096), weight, scale)
+                scale, bias = torch.ones(4096), weight[:, 0].contiguous()
+                for scaled in (weight, weight.to(torch.float8_e4m3fn)):
+                    batch_kernel._product(a[:, None], scaled, bias, hidden, scaled, scale, gelu=True)
+                    batch_kernel._product_parts(hidden, scaled.view(1024, 4096), scaled, scale)
         _launch(16, 1024, 64, 1, torch.bfloat16)
         _launch(6, 1536, 256, 4, torch.float16)
         _launch(2, 128, 256, 16, torch.bfloat16)

@@ -17,6 +17,7 @@ from spectralar.sampling.packing import begin, class_tables, pack
 
 # On a GPU that is no Hopper; test_decode_ring.py has those.
 FP8 = SimpleNamespace(is_cuda=True, dtype=torch.float8_e4m3fn, device=torch.device("cpu"))
+SCALE = torch.ones(1, 3)
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -50,16 +51,17 @@ def test_logits_of_the_generator(group: int, token_input: TokenInput) -> None:
         ({"group": 4}, MAX_ROWS // 4 + 1, "batch"),
         ({}, MAX_ROWS + 1, "batch"),
         ({"heads": 15, "width": 15 * 96}, 2, "batch"),
-        ({"qkv": FP8}, 2, "batch"),
+        ({"qkv": FP8, "qkv_scale": SCALE}, 2, "batch"),
+        ({"qkv_scale": SCALE}, 2, "batch"),
         ({"dtype": torch.float64}, 2, "reference"),
-        ({"qkv": FP8, "dtype": torch.float64}, 2, "reference"),
+        ({"qkv": FP8, "qkv_scale": SCALE, "dtype": torch.float64}, 2, "reference"),
         ({"qkv": SimpleNamespace(is_cuda=False, dtype=torch.bfloat16)}, 2, "reference"),
     ],
 )
 def test_which_implementation(changes: dict[str, Any], rows: int, expected: str) -> None:
     gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     sizes = {"width": 1024, "heads": 16, "group": 1}
-    weights: Any = SimpleNamespace(**{"qkv": gpu, "dtype": gpu.dtype, **sizes} | changes)
+    weights: Any = SimpleNamespace(**{"qkv": gpu, "qkv_scale": None, "dtype": gpu.dtype, **sizes} | changes)
     assert implementation(weights, rows) == expected
     state: Any = SimpleNamespace(x=torch.empty(rows, 1, 1))
     with (

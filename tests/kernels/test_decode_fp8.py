@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from spectralar.kernels.decode import DecodeWeights, dequantize, quantize, quantized, reference
+from spectralar.kernels.decode import DecodeWeights, batch_kernel, dequantize, quantize, quantized, reference, widened
 from spectralar.kernels.decode.state import MATRICES
 from tests.kernels.launches_decode_batch import random_weights
-from tests.kernels.test_decode_batch import assert_close, copy, double, random_state
+from tests.kernels.test_decode_batch import assert_close, check, copy, double, random_state
 
 
 def dequantized(weights: DecodeWeights) -> DecodeWeights:
@@ -93,3 +93,33 @@ def test_the_plain_step_is_the_definition(dtype: torch.dtype) -> None:
     reference.decode_step(dataclasses.replace(weights, **rounded, **scales), plain)
     for name in ("x", "logits"):
         assert_close(getattr(found, name), getattr(plain, name), getattr(exact, name), name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_widened_weights_are_the_same_numbers(dtype: torch.dtype) -> None:
+    weights = quantized(random_weights(2, 64, 4, 6, 2, 33, dtype))
+    # Every number that there is.
+    everything = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = everything[everything.float().isfinite()]
+    weights.head.view(-1)[: len(finite)] = finite
+    found = widened(weights)
+    for field in dataclasses.fields(weights):
+        own, new = getattr(weights, field.name), getattr(found, field.name)
+        if field.name in MATRICES:
+            assert new.dtype == dtype and torch.equal(new.double(), own.double()), field.name
+        else:
+            assert new is own, field.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_widened_weights_give_the_same_step(dtype: torch.dtype, poisoned_empty: None) -> None:
+    weights = quantized(random_weights(2, 64, 4, 6, 2, 33, dtype))
+    wide = widened(weights)
+    for step in (reference.decode_step, batch_kernel.launch_step):
+        found, expected = random_state(weights, 5, 2), random_state(weights, 5, 2)
+        step(wide, found)
+        step(weights, expected)
+        for field in dataclasses.fields(found):
+            ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+            assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), field.name
+    check(wide, random_state(weights, 5, 2), None)

@@ -13,6 +13,8 @@ import torch
 
 from spectralar.cli import main
 from spectralar.generator import SpectralGenerator
+from spectralar.kernels.decode import DecodeState, DecodeWeights, reference, widened
+from spectralar.kernels.decode.config import MAX_ROWS
 from spectralar.kernels.decode.state import MATRICES
 from spectralar.pipeline import SpectralAR
 from spectralar.sampling import BackendName, Sampler, SamplingSettings, captured, memory_needed, weight_error
@@ -52,6 +54,77 @@ def test_changed_weights_are_noticed(generator: SpectralGenerator) -> None:
     assert torch.equal(after, Sampler(generator, weights="fp8").sample_tokens(CLASSES, SEEDS))
 
 
+# Many rows, which read a copy in the generator's dtype
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_one_copy_for_many_rows(make_generator: Make, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = make_generator(group=group)
+    seen: list[tuple[int, torch.dtype, int]] = []
+
+    def step(weights: DecodeWeights, state: DecodeState) -> None:
+        seen.append((len(state.x) * group, weights.qkv.dtype, weights.qkv.data_ptr()))
+        reference.decode_step(weights, state)
+
+    monkeypatch.setattr(captured.decode, "decode_step", step)
+    monkeypatch.setitem(captured.STEPS, "fused", step)
+    fused = Sampler(generator, backend="fused", weights="fp8")
+    plain = Sampler(generator, backend="graph", weights="fp8")
+    for images in (1, 2, 4, 5, 8, 9, 16, 1):
+        for settings in (SamplingSettings(), GUIDED):
+            arguments = [2] * images, range(images), settings
+            assert torch.equal(fused.sample_tokens(*arguments), plain.sample_tokens(*arguments)), arguments
+    assert {dtype for rows, dtype, _ in seen if rows <= MAX_ROWS} == {torch.float8_e4m3fn}
+    assert {dtype for rows, dtype, _ in seen if rows > MAX_ROWS} == {torch.float32}
+    assert len({place for *_, place in seen}) == 2
+    seen.clear()
+    same = Sampler(generator, backend="fused")
+    for images in (1, 9):
+        same.sample_tokens([2] * images, range(images))
+    assert len({place for *_, place in seen}) == 1
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_changed_weights_reach_both_copies(generator: SpectralGenerator, recorded: bool) -> None:
+    few, many = ([1], [7]), ([2] * 9, range(9))
+    sampler = Sampler(generator, backend="fused", weights="fp8")
+    before = sampler.sample_tokens(*few)
+    if recorded:
+        sampler.sample_tokens(*many)
+    with torch.no_grad():
+        generator.blocks[1].attention.proj.weight.mul_(-9)  # type: ignore[union-attr, operator]
+        generator.head.weight.copy_(generator.head.weight.flip(0))
+    new = Sampler(generator, backend="graph", weights="fp8")
+    assert torch.equal(sampler.sample_tokens(*many), new.sample_tokens(*many))
+    assert torch.equal(list(sampler.stream(*many))[-1].tokens, new.sample_tokens(*many))
+    after = sampler.sample_tokens(*few)
+    assert torch.equal(after, new.sample_tokens(*few)) and not torch.equal(after, before)
+
+
+def test_too_little_memory_for_the_copy(make_generator: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = make_generator()
+    few, many = ([0], [0]), ([0] * 9, range(9))
+    needed = memory_needed(generator.config, 16, False, torch.float32, "fp8")
+    assert memory_needed(generator.config, 8, False, torch.float32, "fp8").widened == 0
+    assert memory_needed(generator.config, 8, True, torch.float32, "fp8").widened == needed.widened > 0
+    sampler = Sampler(generator, backend="fused", weights="fp8")
+    monkeypatch.setattr(captured, "free_memory", lambda device: sum(needed) - 1)
+    with pytest.raises(torch.OutOfMemoryError, match="weights and buffers for 16 images"):
+        sampler.sample_tokens(*many)
+    # Plain PyTorch has no such copy.
+    Sampler(generator, backend="graph", weights="fp8").sample_tokens(*many)
+    sampler.sample_tokens(*few)
+    monkeypatch.setattr(captured, "free_memory", lambda device: needed.widened + needed.batch - 1)
+    with pytest.raises(torch.OutOfMemoryError, match="weights for many rows and buffers for 16 images"):
+        sampler.sample_tokens(*many)
+    sampler.sample_tokens(*few)
+    monkeypatch.setattr(captured, "free_memory", lambda device: needed.widened + needed.batch)
+    expected = sampler.sample_tokens(*many)
+    # The copy is there now.
+    monkeypatch.setattr(captured, "free_memory", lambda device: needed.batch)
+    assert torch.equal(sampler.sample_tokens(*many), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("group", "images", "guided"), [(1, 1, False), (4, 8, True)])
 def test_memory_needed_is_what_is_allocated(
@@ -63,6 +136,9 @@ def test_memory_needed_is_what_is_allocated(
     batch = captured._Batch(weights, tables, images, guided, captured.STEPS["graph"])
     needed, plain = (memory_needed(config, images, guided, dtype, kind) for kind in ("fp8", "same"))
     assert needed.weights == bytes_of(weights, tables)
+    wide = widened(weights)
+    copied = sum(getattr(wide, name).nbytes for name in MATRICES)
+    assert needed.widened == (copied if images * (1 + guided) * group > MAX_ROWS else 0) and plain.widened == 0
     # The largest matrix, as the plain twin of its product has it.
     largest = max(4 * config.width, config.codebook_size) * config.width * max(4, dtype.itemsize)
     assert needed.batch - plain.batch == largest
