@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import batch_kernel, launch, reference
-from .fp8 import FP8, dequantize, quantize, quantized, widened
+from .fp8 import dequantize, quantize, quantized, widened
 from .state import DecodeState, DecodeWeights
 
 __all__ = [
@@ -58,9 +58,7 @@ def implementation(weights: DecodeWeights, rows: int) -> str:
     """
     if not weights.qkv.is_cuda or weights.dtype == torch.float64:
         return "reference"
-    # The kernels for few rows have scales for fp8 alone.
-    wide = weights.qkv_scale is not None and weights.qkv.dtype != FP8
-    return "persistent" if launch.fits(weights, rows) and not wide else "batch"
+    return "persistent" if launch.fits(weights, rows) else "batch"
 
 
 def decode_step(weights: DecodeWeights, state: DecodeState, *, until: tuple[int, str] | None = None) -> None:

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from .config import MAX_ROWS, RING_WARPS, STEP, StepConfig
+from .fp8 import FP8
 from .reference import OPS
 from .ring_plan import TAKEN, slots_of
 from .state import DecodeState, DecodeWeights
@@ -21,13 +22,14 @@ if _GLUON:
 
 
 def fits(weights: DecodeWeights, rows: int) -> bool:
-    """Whether the persistent step takes weights of these sizes and this number of rows; fp8 only by the ring."""
+    """Whether the persistent step takes weights of these sizes and this number of rows; with scales only fp8, by the
+    ring."""
     size = weights.width // weights.heads
     return (
         1 <= rows * weights.group <= MAX_ROWS
         and weights.width % 64 == 0
         and 16 <= size == triton.next_power_of_2(size)
-        and (weights.qkv.dtype != torch.float8_e4m3fn or _has_ring(weights))
+        and (weights.qkv_scale is None or (weights.qkv.dtype == FP8 and _has_ring(weights)))
     )
 
 
