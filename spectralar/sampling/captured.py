@@ -115,14 +115,13 @@ class CapturedBackend:
     def _filled(self, classes: Tensor, seeds: Tensor, settings: SamplingSettings, prefix: Tensor) -> Iterator[_Batch]:
         """Buffers that hold what a generation brings from the host."""
         key = bucket(len(classes)), settings.guidance != 1.0
-        packed = self._pack(*key)
-        with self._pool.take(("tokens", *key), partial(self._allocate, packed, *key)) as batch:
+        with self._pool.take(("tokens", *key), partial(self._allocate, *key)) as batch:
             batch.fill(classes, seeds, settings, prefix)
             yield batch
 
-    def _pack(self, images: int, guided: bool) -> tuple[DecodeWeights, ClassTables]:
+    def _pack(self, images: int, needed: Memory) -> tuple[DecodeWeights, ClassTables]:
         """The weights as steps of such a batch read them, as they were when they were last looked at."""
-        needed, device = self._needed(images, guided), self.generator.device
+        device = self.generator.device
         with self._lock:
             if self._packed is None:
                 _check_memory(sum(needed), "weights and buffers", images, device)
@@ -150,8 +149,10 @@ class CapturedBackend:
             self._seen = seen
             return True
 
-    def _allocate(self, packed: tuple[DecodeWeights, ClassTables], images: int, guided: bool) -> _Batch:
-        _check_memory(self._needed(images, guided).batch, "buffers", images, self.generator.device)
+    def _allocate(self, images: int, guided: bool) -> _Batch:
+        needed = self._needed(images, guided)
+        packed = self._pack(images, needed)
+        _check_memory(needed.batch, "buffers", images, self.generator.device)
         return _Batch(*packed, images, guided, self._step)
 
     def _needed(self, images: int, guided: bool) -> Memory:
