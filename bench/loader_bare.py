@@ -7,7 +7,6 @@ releases, which must not end a benchmark.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,15 +14,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import spectralar
 from spectralar.bench.loader_timing import time_batches
+from spectralar.bench.processes import child_environment, last_report
 from spectralar.bench.timing import Timing
+from spectralar.training.data.dali import decoder_threads
 from spectralar.training.data.images import Crop
 
 # To import, and to build a pipeline.
 _SETUP = 60.0
 _QUEUE = 3
-_THREADS = 16
 
 
 def measure_bare(
@@ -48,21 +47,17 @@ def measure_bare(
         "seconds": seconds,
         "gpu": gpu,
     }
-    # The package is found from anywhere, installed or not.
-    root = str(Path(spectralar.__file__).parent.parent)
-    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
     call = [sys.executable, "-m", "spectralar.bench.loader_bare", json.dumps(order)]
     try:
         done = subprocess.run(
-            call, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=_SETUP + 2 * seconds
+            call, env=child_environment(), capture_output=True, text=True, timeout=_SETUP + 2 * seconds
         )
     except subprocess.TimeoutExpired as late:
         raise RuntimeError(f"bare DALI was not done after {_SETUP + 2 * seconds:g} s") from late
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
+    report = last_report(done.stdout)
+    if done.returncode or report is None:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise RuntimeError(f"bare DALI ended with status {done.returncode}: {said[-1][:200] if said else 'no word'}")
-    report = json.loads(lines[-1])
     return Timing(**report["timing"]), report["processors"]
 
 
@@ -73,7 +68,7 @@ def _pipeline(order: dict[str, Any]) -> Any:
     shards = [Path(path) for path in order["shards"]]
     indexes = [path.with_suffix(".idx") for path in shards]
     pipeline = Pipeline(
-        batch_size=order["batch"], num_threads=_threads(), device_id=gpu, prefetch_queue_depth=_QUEUE, seed=0
+        batch_size=order["batch"], num_threads=decoder_threads(), device_id=gpu, prefetch_queue_depth=_QUEUE, seed=0
     )
     with pipeline:
         files = fn.readers.webdataset(
@@ -100,10 +95,6 @@ def _pipeline(order: dict[str, Any]) -> Any:
         pipeline.set_outputs(images)
     pipeline.build()
     return pipeline
-
-
-def _threads() -> int:
-    return min(_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _measure(order: dict[str, Any]) -> None:

@@ -7,19 +7,17 @@ same random choices, so that their mean gradient is a single GPU's, and so are t
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-import spectralar
 from spectralar.bench.cases import Condition, Measurement, Rival
+from spectralar.bench.processes import child_environment, last_report
 from spectralar.bench.timing import Timing
 from spectralar.bench.training import CASES, Settings, TrainingCase
 from spectralar.bench.training_measure import time_steps
@@ -119,21 +117,18 @@ def _launch(case: ScalingCase, ranks: int, settings: Settings, device: torch.dev
     if ranks > 1:
         call += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     call += ["-m", "spectralar.bench.training_ranks", json.dumps(order)]
-    # The package is found from anywhere, installed or not.
-    root = str(Path(spectralar.__file__).parent.parent)
-    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-    environment = {**os.environ, "PYTHONPATH": path}
-    with subprocess.Popen(call, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        call, env=child_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         try:
             printed, complaints = process.communicate(timeout=_LONGEST)
         except subprocess.TimeoutExpired as late:
             process.terminate()  # torchrun ends its ranks, if it is let
             raise RuntimeError(f"{ranks} ranks were not done after {_LONGEST:g} s") from late
-    lines = [line for line in printed.splitlines() if line.startswith("{")]
-    if process.returncode or not lines:
+    report = last_report(printed)
+    if process.returncode or report is None:
         reason = re.search(r"\w+Error: .*", complaints)
         raise RuntimeError(f"{ranks} ranks failed: {reason[0] if reason else complaints[-400:]}")
-    report: dict[str, Any] = json.loads(lines[-1])
     return report
 
 

@@ -6,13 +6,11 @@ import queue
 import threading
 import weakref
 from collections.abc import Generator, Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
 from spectralar.training.data.workers import Answer
-
-T = TypeVar("T")
 
 
 class _Made(NamedTuple):
@@ -23,7 +21,7 @@ class _Made(NamedTuple):
     error: BaseException | None = None
 
 
-def ahead(answers: Generator[Answer, None, None], device: torch.device, *, depth: int) -> Iterator[Answer]:
+class Ahead(Iterator[Answer]):
     """The same answers, of which up to `depth` are made before they are asked for.
 
     The thread ends, and `answers` is closed there, when the iteration ends, is closed or collected, or the interpreter
@@ -35,11 +33,8 @@ def ahead(answers: Generator[Answer, None, None], device: torch.device, *, depth
             current where they are taken waits for them.
         depth: positive.
     """
-    return _Ahead(answers, device, depth)
 
-
-class _Ahead(Iterator[Answer]):
-    def __init__(self, answers: Generator[Answer, None, None], device: torch.device, depth: int) -> None:
+    def __init__(self, answers: Generator[Answer, None, None], device: torch.device, *, depth: int) -> None:
         self._made: queue.SimpleQueue[_Made] = queue.SimpleQueue()
         self._room = threading.Semaphore(depth)
         self._device = device

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from spectralar.training.data.ahead import ahead
+from spectralar.training.data.ahead import Ahead
 from spectralar.training.data.epochs import random_stream
 from spectralar.training.data.images import Crop, choose_cut, decode_image, plain_jpeg_size, resized_size
 from spectralar.training.data.shard_set import ShardSet
@@ -169,8 +169,8 @@ class DaliBatches:
         self._told = False
 
     def __iter__(self) -> Iterator[Answer]:
-        # The processes that encode begin here, not in the thread: they are forks, and this thread may not be at work.
-        return ahead(self._decoded(_Feed(map(self._without_damaged, self.encoded))), self.device, depth=_AHEAD)
+        # The processes that encode are forked here and not in the thread: a fork copies locks that are held meanwhile.
+        return Ahead(self._decoded(_Feed(map(self._without_damaged, self.encoded))), self.device, depth=_AHEAD)
 
     def _decoded(self, feed: _Feed) -> Generator[Answer, None, None]:
         try:
@@ -231,7 +231,7 @@ class DaliBatches:
         gpu = self.device.type == "cuda"
         pipeline = Pipeline(
             batch_size=self.batch,
-            num_threads=_threads(),
+            num_threads=decoder_threads(),
             device_id=self.device.index if gpu else None,
             prefetch_queue_depth=_QUEUE,
         )
@@ -341,7 +341,7 @@ def dali_installed() -> bool:
         return False
 
 
-def _threads() -> int:
-    """This rank's share of the processors that the job may use."""
+def decoder_threads() -> int:
+    """Threads of a pipeline: this rank's share of the processors that the job may use, up to `_MOST_THREADS`."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(_MOST_THREADS, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

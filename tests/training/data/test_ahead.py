@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from spectralar.training.data.ahead import ahead
+from spectralar.training.data.ahead import Ahead
 from spectralar.training.data.unreadable import Reasons
 from spectralar.training.data.workers import Answer, Batch
 
@@ -53,7 +53,7 @@ def loader_threads():
 @pytest.mark.parametrize("depth", [1, 2, 7])
 def test_the_same_answers_then_the_end_again_and_again(depth):
     source = Source(20)
-    stream = ahead(iter(source), CPU, depth=depth)
+    stream = Ahead(iter(source), CPU, depth=depth)
     assert numbers(stream) == list(range(20))
     assert source.closed.is_set()
     for _ in range(2):
@@ -64,7 +64,7 @@ def test_the_same_answers_then_the_end_again_and_again(depth):
 @pytest.mark.parametrize("depth", [1, 3])
 def test_no_more_than_depth_are_made_ahead(depth):
     source = Source()
-    stream = ahead(iter(source), CPU, depth=depth)
+    stream = Ahead(iter(source), CPU, depth=depth)
     for taken in range(5):
         wait_until(lambda taken=taken: source.made == taken + depth)
         time.sleep(0.01)
@@ -74,7 +74,7 @@ def test_no_more_than_depth_are_made_ahead(depth):
 
 def test_an_error_comes_in_its_place_and_stays():
     source = Source(3, RuntimeError("the fourth"))
-    stream = ahead(iter(source), CPU, depth=5)
+    stream = Ahead(iter(source), CPU, depth=5)
     wait_until(source.closed.is_set)
     assert [int(next(stream).batch.labels) for _ in range(3)] == [0, 1, 2]
     for _ in range(2):
@@ -84,7 +84,7 @@ def test_an_error_comes_in_its_place_and_stays():
 
 def test_a_collected_iterator_ends_its_thread_and_closes_the_source_there():
     source = Source()
-    stream = ahead(iter(source), CPU, depth=2)
+    stream = Ahead(iter(source), CPU, depth=2)
     next(stream)
     del stream
     gc.collect()
@@ -93,8 +93,8 @@ def test_a_collected_iterator_ends_its_thread_and_closes_the_source_there():
 
 def test_the_interpreter_ends_with_an_iterator_at_work():
     program = (
-        "from tests.training.data.test_ahead import CPU, Source, ahead\n"
-        "stream = ahead(iter(Source()), CPU, depth=2); print(int(next(stream).batch.labels))"
+        "from tests.training.data.test_ahead import Ahead, CPU, Source\n"
+        "stream = Ahead(iter(Source()), CPU, depth=2); print(int(next(stream).batch.labels))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
