@@ -79,6 +79,9 @@ def _resolve(place: str) -> Callable[..., Any]:
 
 def _run(command: Callable[..., Any], arguments: list[str], program: str) -> None:
     """Commands that take `(arguments, program)` parse for themselves; tyro reads all others' parameters."""
+    from spectralar.devices import many_queues  # here, as it imports PyTorch, which the overview does not need
+
+    many_queues()
     if getattr(command, "parses_arguments", False):
         command(arguments, program)
         return

@@ -1,12 +1,29 @@
-"""Which device a name means on this machine, and what recording a CUDA graph asks of Python."""
+"""Which device a name means on this machine, how much it may have in hand, and what recording a CUDA graph asks."""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
+"""`bf16` is autocast, `fp32` is plain; `auto` is bf16 on a GPU."""
+
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+
+def many_queues() -> None:
+    """Gives this process 32 queues to each of its GPUs, and not 8, unless the environment says otherwise.
+
+    Streams share these queues, and what stands in one behind a recorded training step waits until all of it is done:
+    with 8, a decoder that works on a dozen streams does. CUDA looks at `CUDA_DEVICE_MAX_CONNECTIONS` when it starts,
+    so this must come before.
+    """
+    os.environ.setdefault(QUEUES, "32")
 
 
 def auto_device(name: str) -> torch.device:
@@ -24,6 +41,11 @@ def auto_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch sees no GPU; use auto or cpu")
     return device
+
+
+def in_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether `precision` means autocast to bf16 on `device`."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from spectralar.config import load_yaml
-from spectralar.devices import auto_device
+from spectralar.devices import Precision, auto_device
 from spectralar.images import psnr, to_float
 from spectralar.pictures import prefix_strip
 from spectralar.tokenizer import SpectralTokenizer
@@ -84,6 +84,7 @@ def tokenize_command(
     batch: int = 256,
     workers: int = 0,
     backend: LoaderBackend = "auto",
+    precision: Precision = "auto",
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -105,6 +106,7 @@ def tokenize_command(
         batch: pictures per forward pass.
         workers: processes that read and, unless DALI does, decode.
         backend: dali decodes on the GPU, pillow in the workers; auto is dali on a GPU where it is installed.
+        precision: of the encoder, bf16 or fp32; auto is bf16 on a GPU, as in training.
         seed: seed of the crops.
         device: auto, cpu or cuda.
     """
@@ -112,7 +114,7 @@ def tokenize_command(
         loaded = load_tokenizer(tokenizer, auto_device(device))
         crop = Crop(loaded.config.image_size, kind, resize=resize, scale=scale, flip=flip)
         data = LoaderConfig(path=str(shards), batch=batch, crop=crop, seed=seed, workers=workers, backend=backend)
-        info = tokenize(loaded, data, out, crops=crops, ranks=ranks).info
+        info = tokenize(loaded, data, out, crops=crops, precision=precision, ranks=ranks).info
     if ranks.first:
         print(f"{info.rows:,} rows of {info.tokens} tokens, {info.classes} classes: {out}")
 

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from spectralar.devices import auto_device
+from spectralar.devices import Precision, auto_device, in_bf16
 from spectralar.training.blocks import prepare_blocks
 from spectralar.training.capture import WARMUP, WARMUP_OF_RANKS, CapturedStep, Step
 from spectralar.training.checkpoint import (
@@ -79,7 +79,7 @@ class LoopConfig:
     steps: int = 100_000
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     capture: bool = True
     compile: bool = False
     checkpointing: bool = False
@@ -99,7 +99,7 @@ class LoopConfig:
             raise ValueError(f"ranks_per_copy must not be negative, not {self.ranks_per_copy}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device must be auto, cpu or cuda, not {self.device!r}")
-        if self.precision not in ("auto", "bf16", "fp32"):
+        if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be auto, bf16 or fp32, not {self.precision!r}")
 
     def resolved_device(self) -> torch.device:
@@ -176,7 +176,7 @@ class Trainer:
         self.device = loop.resolved_device()
         self.out = Path(loop.out)
         gpu = self.device.type == "cuda"
-        bf16 = loop.precision == "bf16" or (loop.precision == "auto" and gpu)
+        bf16 = in_bf16(loop.precision, self.device)
         self._precision: Callable[[], Any] = (
             (lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)) if bf16 else nullcontext
         )

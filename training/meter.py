@@ -36,14 +36,48 @@ class Reading:
     first_bad: int
 
 
+class Wait:
+    """How long a device stands still: `with Wait(device) as wait: batch = next(batches)`.
+
+    The host is ahead of a GPU. So the GPU comes to the beginning of the block when it is done with everything before,
+    and to its end right after, unless the host is still waiting there or the batch is still being decoded. Without a
+    GPU it is what passes on the host.
+
+    Args:
+        device: who waits, on its current stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._began = self._ended = 0.0
+
+    def __enter__(self) -> Wait:
+        self._began = time.perf_counter()
+        for event in self._events[:1]:
+            event.record()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = time.perf_counter()
+        for event in self._events[1:]:
+            event.record()
+
+    @property
+    def seconds(self) -> float:
+        """A GPU must have come to the end of the block."""
+        if self._events:
+            before, after = self._events
+            return before.elapsed_time(after) / 1e3
+        return self._ended - self._began
+
+
 class _Sent(NamedTuple):
-    """What `Meter.close` has sent; `fetches` are from before to after each."""
+    """What `Meter.close` has sent."""
 
     step: int
     lr: float
     images: int
-    waited: float
-    fetches: list[tuple[torch.cuda.Event, torch.cuda.Event]]
+    waits: list[Wait]
     names: list[str]
     values: Tensor
     arrived: torch.cuda.Event | None
@@ -60,31 +94,18 @@ class Meter:
     """
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
-        self._ranks = ranks
-        self._cuda = device.type == "cuda"
-        self._fetches: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._ranks, self._device = ranks, device
+        self._waits: list[Wait] = []
         self._sums: dict[str, Tensor] = {}
         self._steps, self._images = 0, 0
-        self._waited = 0.0
         self._began = time.perf_counter()
         self._sent: _Sent | None = None
 
     def fetch(self, batches: Iterator[T]) -> T:
-        """The next batch; what passes meanwhile is waiting, on a GPU by its own clock.
-
-        The host is ahead of a GPU. So the GPU comes to the first event when it is done with all steps before, and to
-        the second right after it, unless the host is still waiting or the batch is still being decoded.
-        """
-        if not self._cuda:
-            began = time.perf_counter()
+        """The next batch; what the device stands still for it is waiting."""
+        with Wait(self._device) as wait:
             batch = next(batches)
-            self._waited += time.perf_counter() - began
-            return batch
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record()
-        batch = next(batches)
-        after.record()
-        self._fetches.append((before, after))
+        self._waits.append(wait)
         return batch
 
     def add(self, scalars: dict[str, Tensor], images: int) -> None:
@@ -104,18 +125,18 @@ class Meter:
             values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._sent = _Sent(step, lr, self._images, self._waited, self._fetches, list(self._sums), values, arrived)
-        self._sums, self._steps, self._images, self._waited, self._fetches = {}, 0, 0, 0.0, []
+        self._sent = _Sent(step, lr, self._images, self._waits, list(self._sums), values, arrived)
+        self._sums, self._steps, self._images, self._waits = {}, 0, 0, []
 
     def take(self) -> Reading | None:
         """What was sent, once it is there; None where nothing is on its way."""
         if self._sent is None:
             return None
-        step, lr, images, waited, fetches, names, values, arrived = self._sent
+        step, lr, images, waits, names, values, arrived = self._sent
         self._sent = None
         if arrived is not None:
             arrived.synchronize()
-        waited += sum(before.elapsed_time(after) for before, after in fetches) / 1e3
+        waited = sum(wait.seconds for wait in waits)
         now = time.perf_counter()
         elapsed = now - self._began
         self._began = now

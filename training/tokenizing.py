@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from spectralar.devices import Precision, in_bf16
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.training.data.images import TEN
 from spectralar.training.data.loader import LoaderConfig, choose_backend, crop_batches, crop_requests
@@ -22,6 +23,7 @@ from spectralar.training.data.tokens import TokenStore, TokenWriter
 from spectralar.training.data.workers import Request
 from spectralar.training.distributed import ALONE, Ranks
 from spectralar.training.lock import RunLock
+from spectralar.training.meter import Wait
 from spectralar.training.runs import weights_digest
 
 # Batches in a part, which is what a kill costs each rank: seconds of work on a GPU.
@@ -29,11 +31,10 @@ _PART = 16
 
 
 class _Times(NamedTuple):
-    """Of one rank: images, and seconds in which it waited for them, encoded them, and did both and wrote the rest."""
+    """Of one rank: images, seconds in which its device stood still for them, and seconds in all."""
 
     images: int = 0
     waiting: float = 0.0
-    encoding: float = 0.0
     all: float = 0.0
 
 
@@ -43,6 +44,7 @@ def tokenize(
     out: str | Path,
     *,
     crops: int | None = None,
+    precision: Precision = "auto",
     ranks: Ranks = ALONE,
     console: Console | None = None,
 ) -> TokenStore:
@@ -56,6 +58,7 @@ def tokenize(
         data: the images and their crop; `kind="center"` without flip makes all crops of an image equal.
         out: folder of the store; must not exist.
         crops: rows per image; None is 10 for `kind="ten-crop"`, else 1.
+        precision: of the encoder; bf16 is what tokenizers are trained in on GPUs.
         ranks: this job.
         console: where the first rank shows progress and speed; None is standard error.
 
@@ -78,6 +81,7 @@ def tokenize(
     parts = TokenParts(out, [sum(len(indices) for _, indices in group) for group in groups], config.tokens)
     shown = console or Console(stderr=True)
     digest = weights_digest(tokenizer)
+    half = in_bf16(precision, tokenizer.device)
     plan = {
         "shards": shards.digest,
         "tokenizer": digest,
@@ -86,6 +90,7 @@ def tokenize(
         "seed": data.seed,
         "batch": data.batch,
         "decoder": choose_backend(data, tokenizer.device)[0],
+        "precision": "bf16" if half else "fp32",
     }
 
     with ExitStack() as held:
@@ -116,7 +121,8 @@ def tokenize(
             parts.remove()
 
         mine = ranks.by_first(begin)[ranks.rank :: ranks.world]
-        times = _encode(tokenizer, data, {part: groups[part] for part in mine}, parts, shown if ranks.first else None)
+        work = {part: groups[part] for part in mine}
+        times = _encode(tokenizer, data, work, parts, shown if ranks.first else None, half=half)
         everyone = ranks.gather(times)
         ranks.by_first(finish)
     if ranks.first and any(t.images > 0 for t in everyone):
@@ -130,38 +136,44 @@ def _encode(
     work: dict[int, list[Request]],
     parts: TokenParts,
     console: Console | None,
+    *,
+    half: bool,
 ) -> _Times:
-    """Writes the parts whose requests `work` holds; with a console it shows how far it is."""
+    """Writes the parts whose requests `work` holds; with a console it shows how far it is.
+
+    A GPU is waited for once a part, so that it always has work in hand.
+    """
+    device = tokenizer.device
     requests = [request for group in work.values() for request in group]
-    batches = crop_batches(data, requests, device=tokenizer.device, tells=console is not None)
-    times, began = _Times(), None
+    batches = crop_batches(data, requests, device=device, tells=console is not None)
+    waits, images_seen, began, ended = list[Wait](), 0, None, 0.0
     with Progress(console=console, transient=True, disable=console is None) as progress:
         bar = progress.add_task("tokenizing", total=len(requests))
         for part, group in work.items():
             rows = []
             for _ in group:
-                asked = time.perf_counter()
-                images, _ = next(batches)
-                come = time.perf_counter()
-                with torch.inference_mode():
-                    rows.append(tokenizer.encode(images.to(tokenizer.device)).cpu().numpy())
-                done = time.perf_counter()
+                with Wait(device) as wait:
+                    images, _ = next(batches)
+                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+                    rows.append(tokenizer.encode(images.to(device, non_blocking=True)))
                 if began is None:  # the first batch starts workers and compiles, so it is not timed
-                    began = done
+                    rows[0].cpu()
+                    began = time.perf_counter()
                 else:
-                    seen, waiting, encoding, _ = times
-                    times = _Times(seen + len(images), waiting + come - asked, encoding + done - come, done - began)
+                    images_seen += len(images)
+                    waits.append(wait)
                 progress.advance(bar)
-            parts.write(part, np.concatenate(rows))
-    return times
+            parts.write(part, torch.cat(rows).cpu().numpy())
+            ended = time.perf_counter()
+    return _Times(images_seen, sum(wait.seconds for wait in waits), ended - (began or ended))
 
 
 def _speed(ranks: list[_Times]) -> str:
     """The speed of all ranks, and what bounded it: waiting is the loader's part, the rest nearly all the encoder's."""
     images = sum(t.images for t in ranks)
-    waiting, encoding = sum(t.waiting for t in ranks), sum(t.encoding for t in ranks)
+    waiting, spent = sum(t.waiting for t in ranks), sum(t.all for t in ranks)
     return (
         f"{images / max(t.all for t in ranks):,.0f} images/s on {len(ranks)} rank{'s'[: len(ranks) - 1]}; "
-        f"{waiting / sum(t.all for t in ranks):.0%} of the time went into waiting for images, and encoding alone does "
-        f"{images / encoding * len(ranks):,.0f} images/s"
+        f"{waiting / spent:.0%} of the time went into waiting for images, and encoding alone does "
+        f"{images / (spent - waiting) * len(ranks):,.0f} images/s"
     )

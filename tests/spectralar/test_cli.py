@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from PIL import Image
 
 import spectralar
-from spectralar import commands
+from spectralar import cli, commands
 from spectralar.cli import COMMANDS, main
-from spectralar.devices import auto_device
+from spectralar.devices import QUEUES, auto_device
 from spectralar.pipeline import SpectralAR
 
 
@@ -184,6 +185,16 @@ def test_auto_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device is cuda, but PyTorch sees no GPU; use auto or cpu"):
         auto_device("cuda:0")
+
+
+def test_commands_start_with_many_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setattr(cli, "_resolve", lambda place: lambda: seen.append(os.environ.get(QUEUES)))
+    monkeypatch.delenv(QUEUES, raising=False)
+    assert main(["info"]) == 0
+    monkeypatch.setenv(QUEUES, "1")
+    assert main(["info"]) == 0
+    assert seen == ["32", "1"]
 
 
 def test_the_package_offers_its_names_lazily() -> None:

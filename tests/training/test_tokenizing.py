@@ -131,10 +131,33 @@ def test_the_speed_is_told(tokenizer: SpectralTokenizer, data: LoaderConfig, tmp
     console = quiet()
     tokenize(tokenizer, data, tmp_path / "store", crops=2, console=console)
     assert "images/s on 1 rank; " in printed(console) and "encoding alone does" in printed(console)
-    ranks = [tokenizing._Times(100, 1.0, 3.0, 5.0), tokenizing._Times(60, 0.0, 1.0, 4.0)]
+    ranks = [tokenizing._Times(100, 1.0, 5.0), tokenizing._Times(60, 0.0, 4.0)]
     assert tokenizing._speed(ranks) == (
-        "32 images/s on 2 ranks; 11% of the time went into waiting for images, and encoding alone does 80 images/s"
+        "32 images/s on 2 ranks; 11% of the time went into waiting for images, and encoding alone does 40 images/s"
     )
+
+
+def test_precision(
+    tokenizer: SpectralTokenizer, data: LoaderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+    encode = tokenizer.encode
+
+    def watched(images: torch.Tensor) -> torch.Tensor:
+        seen.append(tokenizer.encoder.to_latent(torch.zeros(1, tokenizer.config.encoder.width)).dtype)
+        return encode(images)
+
+    monkeypatch.setattr(tokenizer, "encode", watched)
+    for precision in ("auto", "fp32", "bf16"):
+        tokenize(tokenizer, data, tmp_path / precision, precision=precision, console=quiet())
+    assert seen == [torch.float32] * 6 + [torch.bfloat16] * 3
+    # A job goes on in the precision in which it was begun.
+    (tmp_path / "store.parts").mkdir()
+    monkeypatch.setattr(tokenizing, "_encode", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tokenize(tokenizer, data, tmp_path / "store", precision="bf16", console=quiet())
+    with pytest.raises(ValueError, match="was begun with other images or settings"):
+        tokenize(tokenizer, data, tmp_path / "store", console=quiet())
 
 
 def test_another_job_that_writes_the_store_is_respected(

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from spectralar.devices import QUEUES
 from spectralar.training.data.ahead import Ahead
 from spectralar.training.data.epochs import random_stream
 from spectralar.training.data.images import Crop, choose_cut, decode_image, plain_jpeg_size, resized_size
@@ -167,6 +168,12 @@ class DaliBatches:
         self.device, self.hw_decoder_load = device, hw_decoder_load
         self._damaged = Reasons()
         self._told = False
+        if device.type == "cuda" and QUEUES not in os.environ:
+            _log.warning(
+                "%s is not set: beside training, decoding may wait for whole steps. Set it to 32 before CUDA starts, "
+                "as the command line does (spectralar.devices.many_queues)",
+                QUEUES,
+            )
 
     def __iter__(self) -> Iterator[Answer]:
         # The processes that encode are forked here and not in the thread: a fork copies locks that are held meanwhile.

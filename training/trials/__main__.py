@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from spectralar.devices import many_queues
 from spectralar.training.presets import TOKENIZER_RUNS
 from spectralar.training.runs import TokenizerRun
 from spectralar.training.trials.report import table
@@ -75,4 +76,5 @@ def run_trials(
 
 
 if __name__ == "__main__":
+    many_queues()
     tyro.cli(trials)

@@ -13,10 +13,13 @@ from spectralar.training.tokenizer import TokenizerTask
 from spectralar.training.trials.variants import (
     EntropyTokenizer,
     FullFirstTask,
+    MovingAverageTokenizer,
+    PerceptualTask,
     RotatedTokenizer,
     Validation,
     fsq,
     plain_task,
+    residual,
     simvq,
 )
 
@@ -143,4 +146,24 @@ TRIALS: dict[str, Trial] = {
         build=fsq,
     ),
     "simvq": Trial("all codes move together: none dies, Q4 1300; Q1 and Q2 as base, Q3 26", build=simvq),
+    "moving-average": Trial(
+        "codes follow their latents at once, without a gradient: Q1 + 0.1 dB over base, Q4 half as much again; nothing "
+        "wakes, Q2 and Q3 as base",
+        build=MovingAverageTokenizer,
+    ),
+    "no-latent-norm": Trial(
+        "latents as the encoder gives them lie closer together than the codes: two hundred codes, the worst position "
+        "has 1 to 3 of them, Q1 1 dB below base, Q2 0.1",
+        {"model.latent_norm": "none"},
+    ),
+    "residual": Trial(
+        "tokens after the 16th see only what those leave over: Q2 + 0.2 dB over base, Q1 + 0.1; half of the silent "
+        "positions wake",
+        build=residual,
+    ),
+    "perceptual": Trial(
+        "features of a random network weigh edges: Q1 - 0.3 dB, Q2 + 0.1; what it asks for is in the tokens' own bands "
+        "only in part, silent positions stay",
+        task=PerceptualTask,
+    ),
 }

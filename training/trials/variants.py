@@ -1,4 +1,4 @@
-"""Quantizers and a curriculum that the tokenizer itself does not have, as changes to a `SpectralTokenizer`."""
+"""Quantizers, a decoder, a curriculum and a loss that the tokenizer itself does not have, as changes to it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectralar.config import TokenizerConfig
-from spectralar.kernels.vq import VectorQuantized
-from spectralar.tokenizer import SpectralTokenizer
+from spectralar.kernels.vq import VectorQuantized, nearest_code
+from spectralar.tokenizer import SpectralTokenizer, TokenizerOutput
+from spectralar.tokenizer.model import Decoder
 from spectralar.training.runs import TokenizerRun
 from spectralar.training.tokenizer import TokenizerTask
 
@@ -66,6 +67,35 @@ def _entropy(shares: Tensor) -> Tensor:
     return -torch.xlogy(shares, shares.clamp_min(1e-12)).sum(-1)
 
 
+class MovingAverageTokenizer(SpectralTokenizer):
+    """Codes as moving averages of the latents that took them (van den Oord et al., arXiv:1711.00937, appendix A.1).
+
+    No gradient moves them. Of a code that no latent of a batch takes, nothing changes. Latents and codes must have unit
+    length (`normalize_codes`), so that a code is the direction of a sum.
+    """
+
+    decay = 0.99
+    sums: Tensor
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        if not config.normalize_codes:
+            raise ValueError("normalize_codes must be true for moving averages")
+        super().__init__(config)
+        self.codebook.requires_grad_(False)
+        self.register_buffer("sums", self.codebook.detach().clone())
+
+    def quantize(self, latents: Tensor) -> VectorQuantized:
+        if self.training:
+            with torch.no_grad():
+                vectors = F.normalize(latents.flatten(0, 1).to(self.sums.dtype), dim=-1)
+                chosen = nearest_code(vectors, self.codebook)
+                batch = torch.zeros_like(self.sums).index_add_(0, chosen, vectors)
+                taken = torch.zeros_like(self.sums[:, :1]).index_fill_(0, chosen, 1)
+                self.sums.lerp_(batch, (1 - self.decay) * taken)
+                self.codebook.copy_(F.normalize(self.sums, dim=-1))
+        return super().quantize(latents)
+
+
 class _Projected(nn.Module):
     """A learned linear map of all codes."""
 
@@ -101,6 +131,74 @@ def fsq(config: TokenizerConfig) -> SpectralTokenizer:
     model.codebook.requires_grad_(False)
     model.encoder.add_module("latent_norm", nn.Sequential(model.encoder.latent_norm, nn.Tanh()))
     return model
+
+
+class _ResidualDecoder(Decoder):
+    """Adds what a prefix rebuilds to what its first quarter of all tokens rebuilds, which is held constant."""
+
+    def forward(self, codes: Tensor, prefix_lengths: Tensor | None = None) -> Tensor:
+        rebuilt = super().forward(codes, prefix_lengths)
+        quarter = max(1, len(self.token_positions) // 4)
+        if codes.shape[1] <= quarter:
+            return rebuilt
+        with torch.no_grad():
+            if prefix_lengths is None:
+                return rebuilt + super().forward(codes[:, :quarter])
+            below = super().forward(codes[:, :quarter], prefix_lengths.clamp(max=quarter))
+            longer = (prefix_lengths > quarter).to(below.device)[:, None, None, None]
+        return rebuilt + below * longer
+
+
+def residual(config: TokenizerConfig) -> SpectralTokenizer:
+    """Residual decoding: tokens after the first quarter are trained on what those leave over, at one decoding more."""
+    model = SpectralTokenizer(config)
+    decoder = _ResidualDecoder(config)
+    decoder.load_state_dict(model.decoder.state_dict())
+    model.decoder = decoder
+    return model
+
+
+class PerceptualTask(TokenizerTask):
+    """A perceptual loss beside that of the pixels (L_P of equation 4), between features of a frozen random network.
+
+    Pretrained features cannot be had without other people's weights; those of random convolutions tell textures apart,
+    too (He et al., arXiv:1606.04801). As in LPIPS (arXiv:1801.03924) they are scaled to unit length at every place and
+    their squared differences are summed over channels, averaged over places, and averaged over three resolutions.
+
+    Args:
+        model, run, validation: see `TokenizerTask`.
+    """
+
+    weight = 0.1
+
+    def __init__(self, model: SpectralTokenizer, run: TokenizerRun, validation: Validation | None) -> None:
+        super().__init__(model, run.loss, validation=validation)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            stages = [nn.Conv2d(c, d, 5, stride=2, padding=2) for c, d in ((3, 32), (32, 64), (64, 64))]
+            for stage in stages:
+                nn.init.kaiming_normal_(stage.weight)
+        self.stages = nn.ModuleList(stages).requires_grad_(False)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Of images `[B, 3, S, S]` in [0, 1]: `[B, C, S / 2^i, S / 2^i]` fp32 of unit length, i = 1, 2, 3."""
+        self.stages.to(images.device)
+        found, x = [], 2 * images - 1
+        for stage in self.stages:
+            x = stage(x).relu()
+            found.append(F.normalize(x.float(), dim=1))
+        return found
+
+    def objective(
+        self, model: SpectralTokenizer, images: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, TokenizerOutput]:
+        total, pixel, out = super().objective(model, images, lengths)
+        repeated = images.repeat(len(lengths) // len(images), 1, 1, 1).to(out.images.device)
+        with torch.no_grad():
+            wanted = self.features(model.targets(repeated, lengths))
+        pairs = zip(self.features(out.images), wanted, strict=True)
+        distance = torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()
+        return total + self.weight * distance, pixel, out
 
 
 class FullFirstTask(TokenizerTask):

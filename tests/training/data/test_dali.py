@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from skimage import data as photographs
 
+from spectralar.devices import QUEUES
 from spectralar.kernels.dct import dct2
 from spectralar.training.data import (
     Batch,
@@ -28,7 +29,7 @@ from spectralar.training.data import (
     write_shards,
 )
 from spectralar.training.data import loader as loader_module
-from spectralar.training.data.dali import EncodedImages, dali_installed
+from spectralar.training.data.dali import DaliBatches, EncodedImages, dali_installed
 from spectralar.training.data.images import plain_jpeg_size
 from spectralar.training.data.loader import choose_backend
 from tests.training.data.batches import assert_same, take
@@ -259,6 +260,17 @@ def test_a_gpu_without_dali_is_warned_of_once(mixed, monkeypatch, caplog):
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith("images are decoded by pillow: NVIDIA DALI, which decodes on the GPU, is not")
+
+
+@pytest.mark.parametrize("device, queues, warned", [("cuda", None, True), ("cuda", "8", False), ("cpu", None, False)])
+def test_few_queues_of_a_gpu_are_warned_of(mixed, monkeypatch, caplog, device, queues, warned):
+    monkeypatch.delenv(QUEUES, raising=False)
+    if queues:
+        monkeypatch.setenv(QUEUES, queues)
+    with caplog.at_level(logging.WARNING, "spectralar"):
+        images = EncodedImages(ShardSet.open(mixed), CROPS[0], 0, 0)
+        DaliBatches([], images, batch=4, device=torch.device(device, 0), hw_decoder_load=1.0)
+    assert (f"{QUEUES} is not set" in caplog.text) == warned
 
 
 def test_arguments(mixed, monkeypatch):

@@ -23,7 +23,16 @@ from spectralar.training.trials import __main__ as command
 from spectralar.training.trials.report import table
 from spectralar.training.trials.runner import run_trial
 from spectralar.training.trials.table import PLAIN, TRIALS, Trial, override
-from spectralar.training.trials.variants import EntropyTokenizer, FullFirstTask, RotatedTokenizer, fsq, simvq
+from spectralar.training.trials.variants import (
+    EntropyTokenizer,
+    FullFirstTask,
+    MovingAverageTokenizer,
+    PerceptualTask,
+    RotatedTokenizer,
+    fsq,
+    residual,
+    simvq,
+)
 
 SMALL = ViTConfig(32, 1, 2)
 CONFIG = TokenizerConfig(
@@ -155,6 +164,68 @@ def test_the_entropy_term_rewards_many_codes_and_sure_ones() -> None:
 
     expected = model.weight * (entropy(shares).mean() - entropy(shares.mean(0)).mean())
     assert terms[0] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_codes_are_moving_averages_of_the_latents_that_took_them() -> None:
+    model = MovingAverageTokenizer(CONFIG).train()
+    first = model.codebook.detach().clone()
+    expected = first.double()
+    sums, taken = expected.clone(), torch.zeros(32, dtype=torch.bool)
+    for _ in range(3):
+        latents = torch.randn(6, 4, 4, requires_grad=True)
+        vectors = F.normalize(latents.detach().double(), dim=-1).flatten(0, 1)
+        chosen = (vectors @ expected.T).argmax(1)
+        taken[chosen] = True
+        for k in chosen.unique():
+            sums[k] = 0.99 * sums[k] + 0.01 * vectors[chosen == k].sum(0)
+        expected = F.normalize(sums, dim=-1)
+        out = model.quantize(latents)
+        torch.testing.assert_close(model.codebook.double(), expected, rtol=0, atol=1e-6)
+        out.quantized.sum().backward()
+    assert 0 < taken.sum() < 32 and not model.codebook.requires_grad
+    torch.testing.assert_close(model.codebook[~taken], first[~taken], rtol=0, atol=1e-6)
+    before = model.codebook.clone()
+    model.eval().quantize(torch.randn(6, 4, 4))
+    assert torch.equal(model.codebook, before)
+    with pytest.raises(ValueError, match="normalize_codes must be true"):
+        MovingAverageTokenizer(replace(CONFIG, normalize_codes=False))
+
+
+def test_residual_decoding_adds_to_the_first_quarter() -> None:
+    model, plain = residual(CONFIG).eval(), SpectralTokenizer(CONFIG).eval()
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.randint(32, (5, 4))
+    assert torch.equal(model.decode(tokens[:, :1]), plain.decode(tokens[:, :1]))
+    both = plain.decode(tokens) + plain.decode(tokens[:, :1])
+    torch.testing.assert_close(model.decode(tokens), both)
+    lengths = torch.tensor([1, 2, 3, 4, 1])
+    parts = [model.decode(tokens[i : i + 1, :n]) for i, n in enumerate(lengths.tolist())]
+    torch.testing.assert_close(model.decode_prefixes(tokens, lengths), torch.cat(parts), rtol=1e-4, atol=1e-5)
+    # What the first quarter rebuilds is held constant: gradients are those of the plain decoder.
+    images = torch.rand(2, 3, 16, 16)
+    for one in (model, plain):
+        one(images, torch.tensor([3, 4])).images.sum().backward()
+    for ours, theirs in zip(model.decoder.parameters(), plain.decoder.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_the_perceptual_loss_sees_what_is_not_the_target(base: TokenizerRun) -> None:
+    model = SpectralTokenizer(base.model)
+    state = torch.get_rng_state()
+    task = PerceptualTask(model, base, None)
+    assert torch.equal(torch.get_rng_state(), state)
+    images, lengths = torch.rand(4, 3, 16, 16), torch.tensor([1, 2, 3, 4])
+    total, _, out = task.objective(model, images, lengths)
+    plain, _, _ = TokenizerTask(model, base.loss).objective(model, images, lengths)
+    distance = 0.0
+    for ours, wanted in zip(task.features(out.images), task.features(model.targets(images, lengths)), strict=True):
+        assert torch.allclose(ours.norm(dim=1), torch.ones(()), atol=1e-3)
+        distance += (2 - 2 * (ours * wanted).sum(1)).mean().item() / 3
+    assert distance > 0.01 and (total - plain).item() == pytest.approx(task.weight * distance, rel=1e-3)
+    same = task.features(images)
+    assert [list(x.shape[1:]) for x in same] == [[32, 8, 8], [64, 4, 4], [64, 2, 2]]
+    total.backward()
+    assert model.encoder.queries.grad is not None and all(p.grad is None for p in task.stages.parameters())
 
 
 def test_simvq_moves_all_codes_and_learns_the_map_only() -> None:
