@@ -3,14 +3,14 @@
 `python -m spectralar.bench.training_ranks JSON` is one of these processes. All ranks are given the same batch and the
 same random choices, so that their mean gradient is a single GPU's, and so are the losses; the time does not know.
 
-GPUs of one kind differ by some percent in a step that takes all the power they may draw, and together they go at the
-pace of the slowest. So every one of them is measured by itself, while the others rest.
+A step that takes all the power a GPU may draw is as fast as that GPU is cool, and GPUs of one kind differ by some
+percent. So the two things to compare take turns, each after seconds of work: every GPU for itself, all of them at once,
+and all of them together, at the pace of the slowest.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,25 +20,29 @@ from statistics import fmean
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from spectralar.bench.cases import Condition, Measurement, Rival
 from spectralar.bench.processes import child_environment, last_report
-from spectralar.bench.timing import Timing
+from spectralar.bench.timing import Timing, release
 from spectralar.bench.training import CASES, Settings, TrainingCase
 from spectralar.bench.training_measure import time_steps
 from spectralar.bench.training_truth import first_losses
 from spectralar.devices import auto_device
-from spectralar.training.distributed import join_ranks
+from spectralar.training.capture import forget_recordings
+from spectralar.training.distributed import ALONE, Ranks, join_ranks
+from spectralar.training.loop import Trainer
 
 # Relative; bf16 sums of gradients in another order, over the first steps.
 _LOSS = 0.0025
 _LONGEST = 600.0
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
+# Turns of each of the two, and seconds of steps on a GPU before its clock is what it will stay.
+_TURNS, _SETTLING = 2, 6.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingCase(TrainingCase):
-    """A step of `ranks` GPUs with `batch` samples each, against the steps of each GPU by itself with `batch` samples.
+    """A step of `ranks` GPUs with `batch` samples each, against steps of each GPU for itself with `batch` samples.
 
     The peer is their mean rate. `ceiling` of its measurement is the step of the slowest, which the others wait for.
     """
@@ -65,31 +69,35 @@ def scaling_cases(ranks: int) -> list[ScalingCase]:
 
 
 def measure_scaling(case: ScalingCase, device: torch.device, seconds: float) -> Measurement:
-    """Times one rank and then all of them; compares their losses first.
+    """Times all ranks, each for itself and together; compares their losses first.
 
     Args:
         case: what to measure.
         device: of every rank: the CPU, or GPUs 0 to ranks - 1.
-        seconds: for the timed steps of either.
+        seconds: for the timed steps of either, in each turn.
 
     Raises:
         RuntimeError: a rank failed.
     """
     on_gpu = device.type == "cuda"
-    settings = Settings(compile=on_gpu, capture=on_gpu)
-    alone = [_launch(case, [gpu], settings, device, seconds) for gpu in range(case.ranks)]
-    together = _launch(case, range(case.ranks), settings, device, seconds)
-    pairs = zip(alone[0]["losses"], together["losses"], strict=True)
+    found = _launch(case, Settings(compile=on_gpu, capture=on_gpu), device, seconds)
+    pairs = zip(found["losses"]["alone"], found["losses"]["together"], strict=True)
     error = max(abs(a - b) / abs(a) for a, b in pairs) / _LOSS
-    each, all_ = [Timing(**found["timing"]) for found in alone], Timing(**together["timing"])
+    each = [_mean([Timing(**turn) for turn in turns]) for turns in found["alone"]]
+    all_ = _mean([Timing(**turn) for turn in found["together"]])
     # What one GPU of the mean rate needs for as many images.
     median, p20, p80 = (case.ranks / fmean(1 / getattr(one, name) for one in each) for name in ("median", "p20", "p80"))
     mean = replace(each[0], median=median, p20=p20, p80=p80)
     rivals = [Rival("one GPU, one after the other", "peer", 0.0, mean)]
-    rivals += [Rival(f"GPU {gpu} by itself", "bound", 0.0, one) for gpu, one in enumerate(each)]
+    rivals += [Rival(f"GPU {gpu} for itself", "bound", 0.0, one) for gpu, one in enumerate(each)]
     slowest = max(one.median for one in each)
-    found = Measurement(case, error, all_, tuple(rivals), slowest, "the slowest GPU by itself")
-    return found if found.right else replace(found, ours=None, rivals=())
+    measured = Measurement(case, error, all_, tuple(rivals), slowest, "the slowest GPU for itself")
+    return measured if measured.right else replace(measured, ours=None, rivals=())
+
+
+def _mean(turns: Sequence[Timing]) -> Timing:
+    median, p20, p80 = (fmean(getattr(turn, name) for turn in turns) for name in ("median", "p20", "p80"))
+    return replace(turns[0], median=median, p20=p20, p80=p80, samples=sum(turn.samples for turn in turns))
 
 
 def told(m: Measurement) -> str:
@@ -100,13 +108,13 @@ def told(m: Measurement) -> str:
     rate = m.case.ranks * m.case.batch / m.ours.median
     alone = ", ".join(f"{1e3 * one.median:.4g}" for one in _alone(m))
     return (
-        f"{1e3 * m.ours.median:.4g} ms a step, {rate:,.1f} images/s, {_gain(m):.3f} x one GPU (by themselves {alone} "
+        f"{1e3 * m.ours.median:.4g} ms a step, {rate:,.1f} images/s, {_gain(m):.3f} x one GPU (each for itself {alone} "
         f"ms); losses off by {m.error * _LOSS:.2g}"
     )
 
 
 def summary_of_scaling(measured: Sequence[Measurement]) -> dict[str, Any]:
-    """Of a run: which targets were met, times of all GPUs and of each by itself, and the gain over one GPU."""
+    """Of a run: which targets were met, times of all GPUs and of each for itself, and the gain over one GPU."""
     met = [m.met for m in measured if m.met is not None]
     timed = [(m.case.name, m, m.ours) for m in measured if m.ours is not None]
     return {
@@ -122,49 +130,61 @@ def _gain(m: Measurement) -> float:
 
 
 def _alone(m: Measurement) -> list[Timing]:
-    """Every GPU by itself."""
+    """Every GPU for itself."""
     return [rival.timing for rival in m.rivals if rival.role == "bound" and rival.timing is not None]
 
 
-def _launch(
-    case: ScalingCase, gpus: Sequence[int], settings: Settings, device: torch.device, seconds: float
-) -> dict[str, Any]:
-    """What rank 0 of as many processes reports."""
-    ranks = len(gpus)
+def _launch(case: ScalingCase, settings: Settings, device: torch.device, seconds: float) -> dict[str, Any]:
+    """What rank 0 reports: first losses and timings by turn, of all ranks together and of each alone."""
     fields = {"kind": case.kind, "size": case.size, "batch": case.batch, "tiny": case.tiny}
     order = {"case": fields, "settings": asdict(settings), "device": device.type, "seconds": seconds}
-    call = [sys.executable]
-    if ranks > 1:
-        call += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
     call += ["-m", "spectralar.bench.training_ranks", json.dumps(order)]
-    visible = os.environ.get(_VISIBLE)
-    names = visible.split(",") if visible else [str(gpu) for gpu in range(case.ranks)]
-    seen = {_VISIBLE: ",".join(names[gpu] for gpu in gpus)}
     with subprocess.Popen(
-        call, env={**child_environment(), **seen}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        call, env=child_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         try:
             printed, complaints = process.communicate(timeout=_LONGEST)
         except subprocess.TimeoutExpired as late:
             process.terminate()  # torchrun ends its ranks, if it is let
-            raise RuntimeError(f"{ranks} ranks were not done after {_LONGEST:g} s") from late
+            raise RuntimeError(f"{case.ranks} ranks were not done after {_LONGEST:g} s") from late
     report = last_report(printed)
     if process.returncode or report is None:
         reason = re.search(r"\w+Error: .*", complaints)
-        raise RuntimeError(f"{ranks} ranks failed: {reason[0] if reason else complaints[-400:]}")
+        raise RuntimeError(f"{case.ranks} ranks failed: {reason[0] if reason else complaints[-400:]}")
     return report
 
 
 def _rank(order: dict[str, Any]) -> None:
-    case, settings = TrainingCase(**order["case"]), Settings(**order["settings"])
+    case, settings, seconds = TrainingCase(**order["case"]), Settings(**order["settings"]), order["seconds"]
     with join_ranks(order["device"]) as ranks:
         device = auto_device(order["device"])
-        trainer = case.trainer(settings, device, ranks)
         inputs = case.inputs(device)
-        losses = first_losses(trainer.advance, inputs)
-        timing = time_steps(lambda: trainer.advance(inputs), order["seconds"], device, 0.0, ranks)
+        losses: dict[str, list[float]] = {}
+        timings: dict[str, list[dict[str, Any]]] = {"alone": [], "together": []}
+        for _ in range(_TURNS):
+            for name, job in (("alone", ALONE), ("together", ranks)):
+                first, timing = _turn(case.trainer(settings, device, job), inputs, seconds, device, ranks)
+                forget_recordings()
+                release(device)
+                losses.setdefault(name, first)
+                timings[name].append(asdict(timing))
+        alone = ranks.gather(timings["alone"])
         if ranks.first:
-            print(json.dumps({"losses": losses, "timing": asdict(timing)}), flush=True)
+            print(json.dumps({"losses": losses, "alone": alone, "together": timings["together"]}), flush=True)
+
+
+def _turn(
+    trainer: Trainer, inputs: list[Tensor], seconds: float, device: torch.device, ranks: Ranks
+) -> tuple[list[float], Timing]:
+    losses = first_losses(trainer.advance, inputs)
+
+    def step() -> None:
+        trainer.advance(inputs)
+
+    if device.type == "cuda":
+        time_steps(step, _SETTLING, device, 0.0, ranks)
+    return losses, time_steps(step, seconds, device, 0.0, ranks)
 
 
 if __name__ == "__main__":

@@ -172,5 +172,5 @@ def test_a_variant_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_ranks_that_fail_say_why() -> None:
     case = replace(scaling_cases(2)[1].small(), size="d17")
-    with pytest.raises(RuntimeError, match=r"1 ranks failed: ValueError: generator preset must be .* not 'd17'"):
+    with pytest.raises(RuntimeError, match=r"2 ranks failed: ValueError: generator preset must be .* not 'd17'"):
         measure_scaling(case, CPU, 0.0)
