@@ -44,6 +44,7 @@ class Settings:
     capture: bool = False
     checkpointing: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
+    ranks_per_copy: int = 1
 
     @property
     def name(self) -> str:
@@ -150,6 +151,7 @@ class TrainingCase(Case):
             capture=settings.capture,
             compile=settings.compile,
             checkpointing=settings.checkpointing,
+            ranks_per_copy=settings.ranks_per_copy,
         )
         return Trainer(task, _NoLoader(), self.optimizer, loop, {}, ranks=ranks)
 

@@ -45,26 +45,35 @@ class ScalingCase(TrainingCase):
     """A step of `ranks` GPUs with `batch` samples each, against steps of each GPU for itself with `batch` samples.
 
     The peer is their mean rate. `ceiling` of its measurement is the step of the slowest, which the others wait for.
+
+    Attributes:
+        ranks: number of GPUs.
+        ranks_per_copy: see `LoopConfig`; 1 is DDP, 0 is FSDP2.
     """
 
     ranks: int = 2
+    ranks_per_copy: int = 1
 
     @property
     def name(self) -> str:
-        return f"{super().name} a GPU, {self.ranks} GPUs (DDP)"
+        return f"{super().name} a GPU, {self.ranks} GPUs ({'DDP' if self.ranks_per_copy == 1 else 'FSDP2'})"
 
     def small(self) -> Self:
-        return replace(super().small(), ranks=self.ranks)
+        return replace(super().small(), ranks=self.ranks, ranks_per_copy=self.ranks_per_copy)
 
 
 def scaling_cases(ranks: int) -> list[ScalingCase]:
-    """The targets' steps on so many GPUs."""
+    """The targets' steps on so many GPUs, with a copy of the model each (P13), and with one copy for all."""
     least = 0.95 * ranks
     condition = Condition(f">= {least:g} x the images/s of one GPU", lambda m: _gain(m) >= least)
-    return [
-        ScalingCase(kind=case.kind, size=case.size, batch=case.batch, ranks=ranks, target="P13", condition=condition)
+    steps = [
+        ScalingCase(kind=case.kind, size=case.size, batch=case.batch, ranks=ranks)
         for case in CASES
         if case.target is not None
+    ]
+    return [
+        *(replace(step, target="P13", condition=condition) for step in steps),
+        *(replace(step, ranks_per_copy=0) for step in steps),
     ]
 
 
@@ -80,7 +89,8 @@ def measure_scaling(case: ScalingCase, device: torch.device, seconds: float) -> 
         RuntimeError: a rank failed.
     """
     on_gpu = device.type == "cuda"
-    found = _launch(case, Settings(compile=on_gpu, capture=on_gpu), device, seconds)
+    settings = Settings(compile=on_gpu, capture=on_gpu, ranks_per_copy=case.ranks_per_copy)
+    found = _launch(case, settings, device, seconds)
     pairs = zip(found["losses"]["alone"], found["losses"]["together"], strict=True)
     error = max(abs(a - b) / abs(a) for a, b in pairs) / _LOSS
     each = [_mean([Timing(**turn) for turn in turns]) for turns in found["alone"]]

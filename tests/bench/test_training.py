@@ -61,8 +61,12 @@ def test_conditions() -> None:
         return TrainingMeasurement(case, 0.5, timing(median), (), floor, ceiling).met
 
     assert met(2.0) and not met(2.1) and not met(2.0, ceiling="copy")
-    (first, second) = scaling_cases(2)
+    first, second, *sharded = scaling_cases(2)
     assert (first.kind, second.kind, first.target) == ("tokenizer", "generator", "P13")
+    assert [(case.kind, case.ranks_per_copy, case.target) for case in sharded] == [
+        ("tokenizer", 0, None),
+        ("generator", 0, None),
+    ]
     one = rival("one GPU, one after the other", 1.9)
     found = TrainingMeasurement(first, 0.5, timing(1.0), (one,), 0.95, "one GPU")
     assert found.met and not replace(found, ours=timing(1.01)).met and not replace(found, rivals=()).met

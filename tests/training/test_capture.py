@@ -67,7 +67,7 @@ def test_a_step_is_recorded_after_the_warm_up_and_can_be_given_up(monkeypatch: p
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
-def test_two_gpus_train_alike_with_and_without_recording(
+def test_two_gpus_train_alike_recorded_or_not_and_with_a_model_each_or_one_for_both(
     kind: str,
     tokenizer_config: TokenizerConfig,
     generator_config: GeneratorConfig,
@@ -94,16 +94,17 @@ def test_two_gpus_train_alike_with_and_without_recording(
     else:
         run = GeneratorRun(generator_config, str(token_store.path), batch=4, optimizer=optimizer, loop=loop)
     weights, losses = [], []
-    for name, recorded in (("plain", False), ("captured", True)):
+    for name, recorded, ranks_per_copy in (("plain", False, 1), ("captured", True, 1), ("sharded", True, 0)):
         out = tmp_path / name
-        order = to_dict(replace(run, loop=replace(loop, out=str(out), capture=recorded)))
+        order = to_dict(replace(run, loop=replace(loop, out=str(out), capture=recorded, ranks_per_copy=ranks_per_copy)))
         Job(tmp_path / f"{name}.printed", 2, train, kind, order).succeed(180)
         weights.append(load_checkpoint(out / "checkpoints" / "step-00000020").model)
         losses.append([record["loss"] for record in read_log(out) if "lr" in record])
-    assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], rel=1e-4) == losses[2]
     # All together: AdamW makes whole steps of a gradient that is only rounding, such as that of a bias before a norm.
-    plain, captured = (torch.cat([tensor.flatten().double() for tensor in state.values()]) for state in weights)
-    assert (captured - plain).norm() < 1e-3 * plain.norm()
+    plain, *others = (torch.cat([state[name].flatten().double() for name in weights[0]]) for state in weights)
+    for other in others:
+        assert (other - plain).norm() < 1e-3 * plain.norm()
 
 
 def train(kind: str, run: dict[str, Any]) -> None:
