@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sample": ("spectralar.commands:sample", "draw pictures: a labelled grid and one from coarse to fine"),
     "reconstruct": ("spectralar.training.commands:reconstruct", "rebuild pictures from their first n tokens"),
     "shards": ("spectralar.training.data.shards:shards_command", "pack a folder of pictures into WebDataset shards"),
+    "emoji": ("spectralar.training.data.emoji:emoji_command", "the embedded model's pictures as shards, from a font"),
     "train tokenizer": ("spectralar.training.commands:train_tokenizer_command", "stage one, from shards"),
     "tokenize": ("spectralar.training.commands:tokenize_command", "encode shards into a token store"),
     "train generator": ("spectralar.training.commands:train_generator_command", "stage two, from a token store"),
