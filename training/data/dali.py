@@ -32,7 +32,7 @@ from spectralar.training.data.epochs import random_stream
 from spectralar.training.data.images import Crop, choose_cut, decode_image, plain_jpeg_size, resized_size
 from spectralar.training.data.shard_set import ShardSet
 from spectralar.training.data.unreadable import Reasons, first_readable
-from spectralar.training.data.workers import Answer, Batch, Request
+from spectralar.training.data.workers import Answer, Batch, Request, processors
 
 INSTALL = "pip install 'spectralar[cuda]'"
 
@@ -349,6 +349,5 @@ def dali_installed() -> bool:
 
 
 def decoder_threads() -> int:
-    """Threads of a pipeline: this rank's share of the processors that the job may use, up to `_MOST_THREADS`."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(_MOST_THREADS, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    """Threads of a pipeline: this rank's processors, up to `_MOST_THREADS`."""
+    return min(_MOST_THREADS, processors())

@@ -32,7 +32,7 @@ class LoaderConfig:
 
     Attributes:
         path: folder of shards, one tar, or a pattern of tars (see `ShardSet.open`).
-        batch: images per rank and step.
+        batch: images per rank and step; in a `TokenizerRun`, of all ranks together.
         crop: square and augmentation.
         seed: seed of order and augmentation, not negative.
         workers: processes that read and, unless DALI does, decode; 0 does so in the training process.

@@ -49,6 +49,12 @@ class Requests(Sampler[Request]):
         return map(self.order.indices, itertools.count(self.start))
 
 
+def processors() -> int:
+    """This rank's share of the processors that the job may use, at least 1."""
+    all_ = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, all_ // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def answers(
     dataset: Dataset[T], requests: Sampler[Request] | list[Request], workers: int, *, persistent: bool, pinned: bool
 ) -> DataLoader[T]:
