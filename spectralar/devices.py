@@ -38,8 +38,12 @@ def auto_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu or cuda, not {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, not {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch sees no GPU; use auto or cpu")
+    if device.index is not None and device.index >= max(1, torch.cuda.device_count()):
+        raise ValueError(f"device is {name}, but PyTorch sees {torch.cuda.device_count()} GPUs")
     return device
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import inspect
 import os
 from collections.abc import Callable
@@ -115,7 +116,8 @@ def tokenize_command(
         seed: seed of the crops.
         device: auto, cpu or cuda.
     """
-    with join_ranks(device) as ranks:
+    # The ranks go their own ways, and meet at the end.
+    with join_ranks(device, timeout=datetime.timedelta(days=7)) as ranks:
         loaded = load_tokenizer(tokenizer, auto_device(device))
         crop = Crop(loaded.config.image_size, kind, resize=resize, scale=scale, flip=flip)
         if workers is None:

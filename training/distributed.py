@@ -118,13 +118,14 @@ ALONE = Ranks()
 
 
 @contextmanager
-def join_ranks(device: str) -> Iterator[Ranks]:
+def join_ranks(device: str, *, timeout: datetime.timedelta = _TIMEOUT) -> Iterator[Ranks]:
     """Meets the other ranks that torchrun has started, for the length of the block; without torchrun there are none.
 
     On GPUs, rank i of a machine takes GPU i for the rest of the process. Tensors of a GPU go by NCCL, others by gloo.
 
     Args:
         device: auto, cpu or cuda.
+        timeout: how long a rank may be behind the others; one that dies is noticed at once.
 
     Raises:
         ValueError: more ranks than GPUs on this machine.
@@ -142,7 +143,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         backend, own = "cpu:gloo,cuda:nccl", torch.device("cuda", place)
         torch.cuda.set_device(own)
     try:
-        dist.init_process_group(backend, timeout=_TIMEOUT, device_id=own)
+        dist.init_process_group(backend, timeout=timeout, device_id=own)
         yield Ranks(rank, world)
     except (KeyboardInterrupt, SystemExit):  # agreed on by all ranks
         _leave()
@@ -152,7 +153,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
             raise RankLostError(
                 f"rank {rank} of {world} stops: another rank died or does not answer, and says why if it could. "
-                f"Resume to go on from the newest checkpoint. ({str(error).splitlines()[0]})"
+                f"Start again to go on, training with --resume. ({str(error).splitlines()[0]})"
             ) from error
         raise
     _leave()

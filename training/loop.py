@@ -46,7 +46,7 @@ from spectralar.weights.pretrained import Pretrained, load_strict
 
 _NEVER = 2**62  # a step that does not come
 # What may change when a run is resumed.
-_CHANGEABLE = ("loop.", "data.max_unreadable ")
+_CHANGEABLE = ("loop.", "data.max_unreadable ", "data.workers ", "data.path ")  # a set has a digest of its own
 CHECKPOINTS, FINAL, BEST, PICTURES, CONFIG = "checkpoints", "final", "best", "pictures", "config.json"
 
 

@@ -48,19 +48,22 @@ class Wait:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
         self._began = self._ended = 0.0
 
     def __enter__(self) -> Wait:
         self._began = time.perf_counter()
-        for event in self._events[:1]:
-            event.record()
+        self._record(*self._events[:1])
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended = time.perf_counter()
-        for event in self._events[1:]:
-            event.record()
+        self._record(*self._events[1:])
+
+    def _record(self, *events: torch.cuda.Event) -> None:
+        for event in events:
+            event.record(torch.cuda.current_stream(self._device))
 
     @property
     def seconds(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from spectralar.training.lock import RunLock
 from spectralar.training.meter import Wait
 from spectralar.training.runs import weights_digest
 
-# Batches in a part, which is what a kill costs each rank: seconds of work on a GPU.
+# Batches in a part, of which a kill costs each rank up to two: seconds of work on a GPU.
 _PART = 16
 
 
@@ -141,13 +142,17 @@ def _encode(
 ) -> _Times:
     """Writes the parts whose requests `work` holds; with a console it shows how far it is.
 
-    A GPU is waited for once a part, so that it always has work in hand.
+    A thread waits for the tokens of a part and writes them, while the next one is encoded.
     """
     device = tokenizer.device
     requests = [request for group in work.values() for request in group]
     batches = crop_batches(data, requests, device=device, tells=console is not None)
     waits, images_seen, began, ended = list[Wait](), 0, None, 0.0
-    with Progress(console=console, transient=True, disable=console is None) as progress:
+    written: Future[None] | None = None
+    with (
+        Progress(console=console, transient=True, disable=console is None) as progress,
+        ThreadPoolExecutor(1) as writer,
+    ):
         bar = progress.add_task("tokenizing", total=len(requests))
         for part, group in work.items():
             rows = []
@@ -163,9 +168,17 @@ def _encode(
                     images_seen += len(images)
                     waits.append(wait)
                 progress.advance(bar)
-            parts.write(part, torch.cat(rows).cpu().numpy())
+            if written is not None:
+                written.result()
+            written = writer.submit(_keep, parts, part, torch.cat(rows))
+        if written is not None:
+            written.result()
             ended = time.perf_counter()
     return _Times(images_seen, sum(wait.seconds for wait in waits), ended - (began or ended))
+
+
+def _keep(parts: TokenParts, part: int, tokens: torch.Tensor) -> None:
+    parts.write(part, tokens.cpu().numpy())
 
 
 def _speed(ranks: list[_Times]) -> str:

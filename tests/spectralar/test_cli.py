@@ -181,7 +181,12 @@ def test_auto_device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert auto_device("auto") == torch.device(expected)
         assert auto_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert auto_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="device is cuda:2, but PyTorch sees 2 GPUs"):
+        auto_device("cuda:2")
+    with pytest.raises(ValueError, match="device must be auto, cpu or cuda, not 'meta'"):
+        auto_device("meta")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device is cuda, but PyTorch sees no GPU; use auto or cpu"):
         auto_device("cuda:0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -20,6 +21,7 @@ from spectralar.training.data import Crop, LoaderConfig, ShardError
 from spectralar.training.journal import read_log
 from spectralar.training.lock import LOCK_FILE
 from spectralar.training.loop import LoopConfig
+from spectralar.training.optimizer import OptimizerConfig
 from spectralar.training.runs import TokenizerRun, train_tokenizer
 from tests.training.harness import (
     KINDS,
@@ -177,6 +179,25 @@ def test_another_configuration_is_refused_by_name(bench: Bench, tmp_path: Path) 
     assert "step-00000002 belongs to another configuration" in text
     assert "optimizer.lr was 0.001, is 0.5" in text and "optimizer.betas was [0.9, 0.99], is [0.9, 0.95]" in text
     assert "loop" not in text.partition("configuration")[2]
+
+
+def test_other_workers_and_a_copy_of_the_set_go_on(
+    photo_shards: Path, tokenizer_config: TokenizerConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(photo_shards / "train", tmp_path / "copy")
+
+    def run(name: str, folder: Path, workers: int, steps: int, *, resume: bool = False) -> None:
+        data = LoaderConfig(str(folder), 4, Crop(16, "random", resize=18), seed=1, workers=workers)
+        loop = LoopConfig(str(tmp_path / name), steps=steps, device="cpu", log_every=1, checkpoint_every=2)
+        train_tokenizer(
+            TokenizerRun(tokenizer_config, data, optimizer=OptimizerConfig(schedule="constant"), loop=loop),
+            resume=resume,
+        )
+
+    run("straight", photo_shards / "train", 0, 4)
+    run("moved", photo_shards / "train", 1, 2)
+    run("moved", tmp_path / "copy", 0, 4, resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "moved", "step-00000004")
 
 
 def test_existing_checkpoints_without_resume_are_refused(bench: Bench, tmp_path: Path) -> None:

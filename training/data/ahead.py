@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import weakref
@@ -43,6 +44,8 @@ class Ahead(Iterator[Answer]):
             target=_make, args=(answers, device, self._made, self._room, stopped), name="spectralar loader", daemon=True
         )
         self._end = weakref.finalize(self, _stop, thread, self._room, stopped)
+        # The interpreter ends what was registered last first: this thread before the libraries that it works with.
+        atexit.register(self._end)
         thread.start()
 
     def __next__(self) -> Answer:

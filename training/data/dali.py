@@ -176,6 +176,8 @@ class DaliBatches:
             )
 
     def __iter__(self) -> Iterator[Answer]:
+        import nvidia.dali  # noqa: F401  # before `Ahead`, which has to end before it does
+
         # The processes that encode are forked here and not in the thread: a fork copies locks that are held meanwhile.
         return Ahead(self._decoded(_Feed(map(self._without_damaged, self.encoded))), self.device, depth=_AHEAD)
 

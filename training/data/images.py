@@ -78,12 +78,14 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
             if part[0] != 8:
                 return None
             components = part[6::3]
-        elif marker == _ADOBE and part.startswith(b"Adobe") and len(part) == 12:
+        elif marker == _ADOBE and part.startswith(b"Adobe") and len(part) >= 12:
             transform = part[11]
-        elif marker == _EXIF and part.startswith(b"Exif"):
+        elif marker == _EXIF and (part.startswith(b"Exif") or b"tiff:Orientation" in part):  # the latter is XMP
             try:
                 if not _is_upright(Image.open(io.BytesIO(data))):
                     return None
+            except MemoryError:
+                raise
             except Exception:  # decode_image says what it is
                 return None
         at += 2 + max(2, length)
@@ -292,12 +294,16 @@ def _open(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise ImageError(str(error)) from error
+    except MemoryError:  # it says nothing about the image
+        raise
     except Exception as error:  # Pillow's readers raise anything from struct.error to SyntaxError
         raise ImageError(f"not an image that Pillow can read ({len(data)} bytes)") from error
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"is {image.width} x {image.height} pixels; {MAX_PIXELS} pixels are allowed")
     try:
         image.load()
+    except MemoryError:
+        raise
     except Exception as error:
         raise ImageError(f"truncated or damaged {image.format}: {error}") from error
     return image
@@ -316,7 +322,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
             white = Image.new("RGBA", picture.size, "white")
             return Image.alpha_composite(white, picture).convert("RGB")
         return image if image.mode == "RGB" else image.convert("RGB")
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception as error:
         raise ImageError(f"cannot be converted from {image.mode} to RGB: {error}") from error

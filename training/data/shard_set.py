@@ -32,7 +32,7 @@ class ShardSet:
         paths: the tars.
         labels: int64 `[samples]`, each below `classes`.
         class_names: one per class.
-        digest: changes whenever the samples change.
+        digest: of the samples; for tars of other origin, of their names, sizes, keys, places and labels.
         manifest: what the writer noted; empty for tars of other origin.
     """
 
@@ -130,12 +130,15 @@ class ShardSet:
 
         Raises:
             IndexError: no such sample.
-            ShardError: the shard ends before the sample does.
+            ShardError: the shard cannot be read, or ends before the sample does.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index must be 0..{len(self) - 1}, not {index}")
         size = int(self._sizes[index])
-        data = self._pread(int(self._shards[index]), size, int(self._offsets[index]))
+        try:
+            data = self._pread(int(self._shards[index]), size, int(self._offsets[index]))
+        except OSError as error:
+            raise ShardError(f"{self.where(index)}: {error}") from error
         if len(data) != size:
             raise ShardError(f"{self.where(index)}: the shard is cut short, {len(data)} of {size} bytes are left")
         return data, int(self.labels[index]), self.key(index)

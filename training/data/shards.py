@@ -137,7 +137,7 @@ def write_shards(
     def encode(item: Source) -> Encoded | str:
         try:
             return encode_for_shard((source / item.name).read_bytes(), resize=resize, quality=quality)
-        except ImageError as error:
+        except (ImageError, OSError) as error:
             _refuse_skipped(strict, [{"file": item.name, "reason": str(error)}])
             return str(error)
 

@@ -39,7 +39,10 @@ SUFFIXES = frozenset(
 
 @dataclass(frozen=True)
 class Source:
-    """One file: `name` relative to the source folder with forward slashes, its class and its size in bytes."""
+    """One file: `name` relative to the source folder with forward slashes, its class and its size in bytes.
+
+    The size of what is not there, as behind a dangling link, is -1.
+    """
 
     name: str
     label: int
@@ -96,7 +99,7 @@ def list_sources(root: Path, *, labels: Path | None, class_names: Sequence[str] 
             raise ValueError(f"labels {labels} lack {len(unlabelled)} files of {root}, such as {unlabelled[0]}")
     present = set(names)
     numbers, class_names = _number(table, class_names, where=labels or root)
-    sources = tuple(Source(name, numbers[name], (root / name).stat().st_size) for name in names)
+    sources = tuple(Source(name, numbers[name], _bytes_of(root / name)) for name in names)
     return Listing(sources, class_names, ignored, tuple(sorted(name for name in table if name not in present)))
 
 
@@ -180,10 +183,24 @@ def _number(
     return numbers, tuple(class_names)
 
 
+def _bytes_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _is_above(folder: Path, place: str) -> bool:
+    real = os.path.realpath(folder)
+    return place == real or place.startswith(real.rstrip(os.sep) + os.sep)
+
+
 def _walk(root: Path) -> tuple[list[str], int]:
     names, ignored = [], 0
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+        here = os.path.realpath(folder)
+        # A link to a folder above would be followed for ever.
+        folders[:] = [f for f in folders if not f.startswith(".") and not _is_above(Path(folder, f), here)]
         for file in files:
             path = Path(folder, file)
             if file.startswith("."):

@@ -5,7 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -77,17 +81,39 @@ def answers(
         collate_fn=_as_is,
         pin_memory=pinned and torch.cuda.is_available(),
         persistent_workers=persistent and workers > 0,
-        worker_init_fn=_leave_interrupts,
+        worker_init_fn=partial(_begin, os.getpid()),
         prefetch_factor=2 if workers > 0 else None,
         # Without a generator of its own, every start of an iteration would draw from torch's global one.
         generator=torch.Generator(),
     )
 
 
-def _leave_interrupts(_: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM go to a whole process group; the training process alone answers, after its step."""
+def _begin(parent: int, _: int) -> None:
+    """What a worker does first."""
+    # Ctrl-C goes to a whole process group, and the SIGTERM of a cluster to every process of a job: the training
+    # process alone answers, after its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setpgid(0, 0)
+    if hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    # A progress bar's take a lock, which another thread may have held at the fork: a warning would wait for ever.
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent asks for it or is no more.
+
+    torch ends a worker whose parent was killed, too, but lets it send first what nobody will take.
+    """
+    while os.getppid() == parent:
+        if hasattr(signal, "sigtimedwait"):
+            asked = signal.sigtimedwait([signal.SIGTERM], 1)
+            if asked is not None and asked.si_pid == parent:
+                os._exit(0)
+        else:
+            time.sleep(1)
+    os._exit(1)
 
 
 def _as_is(batch: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +299,18 @@ def test_plain_jpegs(picture):
     rotated, upright = Image.Exif(), Image.Exif()
     rotated[0x0112], upright[0x0112] = 6, 1
     whole = jpeg(image)
+
+    def with_segment(marker: int, content: bytes) -> bytes:
+        return whole[:2] + bytes([0xFF, marker]) + (2 + len(content)).to_bytes(2) + content + whole[2:]
+
+    turned_by_xmp = (
+        b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6" xmlns:tiff="http://ns.adobe.com/tiff/1.0/"/>'
+    )
+    upright_by_xmp = turned_by_xmp.replace(b'"6"', b'"1"')
+    assert plain_jpeg_size(with_segment(0xE1, upright_by_xmp)) == (7, 9)
+    assert plain_jpeg_size(with_segment(0xE1, turned_by_xmp)) is None
+    assert decode_image(with_segment(0xE1, turned_by_xmp)).size == (9, 7)
+    assert plain_jpeg_size(with_segment(0xEE, b"Adobe\0\x64\0\0\0\0\0 and more")) is None
     for data in (
         whole,
         jpeg(image, subsampling=0),
@@ -323,6 +337,18 @@ def test_plain_jpegs(picture):
         jpeg(image, exif=rotated),
     ):
         assert plain_jpeg_size(data) is None
+
+
+@needs_dali
+def test_the_interpreter_ends_with_a_loader_at_work(mixed):
+    program = (
+        "from spectralar.training.data import Crop, ImageLoader, LoaderConfig\n"
+        f"loader = ImageLoader(LoaderConfig({str(mixed)!r}, 6, Crop(64, 'random'), backend='dali'))\n"
+        "print(len(next(loader).images))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "6\n")
+    assert "fails" not in done.stderr and "Exception" not in done.stderr
 
 
 @needs_dali

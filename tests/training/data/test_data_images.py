@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from spectralar.training.data import Crop, ImageError, apply_crop, decode_image, encode_for_shard
 from spectralar.training.data import images as images_module
@@ -124,6 +124,17 @@ def test_truncated_files(encode, picture, container, share):
     data = encode(picture(64, 64), container)
     with pytest.raises(ImageError, match=r"truncated or damaged|not an image"):
         decode_image(data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize("method", ["load", "convert"])
+def test_a_lack_of_memory_is_not_the_images_fault(encode, picture, monkeypatch, method):
+    def fail(*_, **__):
+        raise MemoryError
+
+    data = encode(picture(9, 9).convert("L"))
+    monkeypatch.setattr(Image.Image if method == "convert" else PngImagePlugin.PngImageFile, method, fail)
+    with pytest.raises(MemoryError):
+        decode_image(data)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,16 @@ def everything(shards: ShardSet) -> list[tuple[bytes, int, str]]:
     return [shards.read(i) for i in range(len(shards))]
 
 
+def test_an_error_of_the_disk_names_shard_and_key(shards_dir, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    shards = ShardSet.open(shards_dir)
+    monkeypatch.setattr("os.pread", fail)
+    with pytest.raises(ShardError, match=r"^shard .*\.tar, key 00000003: \[Errno 5\] Input/output error"):
+        shards.read(3)
+
+
 def test_folder_pattern_and_single_tar_agree(shards_dir, tmp_path):
     ours = ShardSet.open(shards_dir)
     pattern = ShardSet.open(str(shards_dir / "train-*.tar"))

@@ -137,6 +137,33 @@ def test_bad_pictures_are_listed(messy, tmp_path):
     assert [shards.key(i) for i in range(3)] == ["00000000", "00000001", "00000002"]
 
 
+def test_files_that_are_not_there_are_listed(messy, tmp_path):
+    (messy / "a" / "dangling.jpg").symlink_to(messy / "nowhere.jpg")
+    out = tmp_path / "out"
+    vanishing = messy / "a" / "good one.v2.jpg"
+
+    def vanish(_):
+        vanishing.unlink(missing_ok=True)
+
+    shards = write_shards(messy, out, samples_per_shard=1, workers=1, seed=3, progress=vanish)
+    skipped = {entry["file"]: entry["reason"] for entry in shards.manifest["skipped"]}
+    assert "No such file" in skipped["a/dangling.jpg"]
+    assert len(shards) + len(skipped) == 7
+    for name in ("empty.jpg", "cut.jpg"):
+        (messy / "a" / name).unlink()
+    (messy / "b" / "text.png").unlink()
+    with pytest.raises(ShardError, match=r"a/dangling\.jpg: .*No such file"):
+        write_shards(messy, tmp_path / "other", strict=True)
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "in")
+    (tmp_path / "in" / "ant" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "ant" / "self").symlink_to(tmp_path / "in" / "ant")
+    (tmp_path / "in" / "cow").symlink_to(tree / "cat")  # another place's pictures are
+    assert len(write_shards(tmp_path / "in", tmp_path / "out")) == 18 + 7
+
+
 def test_strict_stops_at_a_bad_picture(messy, tmp_path):
     with pytest.raises(ShardError, match=r"(a/empty.jpg: empty|a/cut.jpg: truncated|b/text.png: not an image)"):
         write_shards(messy, tmp_path / "out", strict=True)
