@@ -128,6 +128,7 @@ def time_steps(
     """
     for _ in range(2):
         step()
+    _wait(device)
     began = time.perf_counter()
     step()
     _wait(device)

@@ -57,5 +57,7 @@ def _compiled(forward: Forward) -> Forward:
     # Inside of a replica (DDP) the compiler would cut a block where a bucket of gradients ends; its blocks are
     # small enough for their gradients to leave one by one.
     torch._dynamo.config.optimize_ddp = False
+    # Every shape of every model that the process trains is one more code of the same function.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     compiled: Forward = torch.compile(forward, fullgraph=True, dynamic=False)
     return compiled

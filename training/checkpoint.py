@@ -113,10 +113,21 @@ class CheckpointWriter:
         """Waits for the checkpoint before, then begins to write this one, whose tensors nothing may change any more.
 
         Raises:
-            CheckpointError: the one before could not be written.
+            CheckpointError: the one before could not be written; this one will be, if it can.
         """
-        self.wait()
-        self._pending = self._thread.submit(save_checkpoint, self.root, checkpoint, keep=self.keep)
+        try:
+            self.wait()
+        finally:
+            self._pending = self._thread.submit(save_checkpoint, self.root, checkpoint, keep=self.keep)
+
+    def check(self) -> None:
+        """Looks whether the last one was written, without waiting for it.
+
+        Raises:
+            CheckpointError: it could not be.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def wait(self) -> None:
         """Waits until everything is written.

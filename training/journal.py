@@ -55,8 +55,11 @@ class Journal:
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """Appends one record to the log; numbers also go to TensorBoard."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error  # which file, too
         if self._tensorboard is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):

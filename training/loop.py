@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -262,7 +261,8 @@ class Trainer:
                     self._train(journal, stop)
                 finally:
                     self._writer.wait()
-            return self._export(FINAL, self._evaluated())
+            with self._evaluated() as model:
+                return self._export(FINAL, model)
 
     def _train(self, journal: Journal, stop: StopSignals) -> None:
         batches = iter(self.loader)
@@ -273,6 +273,7 @@ class Trainer:
             inputs = [t for _ in range(self.optim.accumulation) for t in meter.fetch(batches)]
             scalars = self.advance(inputs)
             self._place = self.loader.state_dict()
+            self._writer.check()
             self._log(meter, journal)
             meter.add(scalars, sum(len(t) for t in inputs[::2]))
             last = self.step == self.loop.steps
@@ -286,25 +287,26 @@ class Trainer:
             )
             if validates or pictures or saves:
                 self._log(meter, journal)
-            paused = time.perf_counter()
-            if validates or pictures:
-                model = self._evaluated()
-                if validates:
-                    best = self._validate(model, best, journal)
-                if pictures and self.ranks.first:
-                    self._picture(model)
-                self.model.train()
-            stopped = self.ranks.largest(stop.number)
-            if saves or stopped:
-                self._log(meter, journal)
                 self._check_finite(int(self._first_bad))
-                self._save()
+            with meter.excluded():
+                if validates or pictures:
+                    with self._evaluated() as model:
+                        if validates:
+                            best = self._validate(model, best, journal)
+                        if pictures and self.ranks.first:
+                            self._picture(model)
+                    self.model.train()
+            stopped = self.ranks.largest(stop.number)
+            with meter.excluded():
+                if saves or stopped:
+                    self._log(meter, journal)
+                    self._check_finite(int(self._first_bad))
+                    self._save()
             if stopped:
                 self._writer.wait()
                 name = signal.Signals(stopped).name
                 journal.say(f"{name}: the checkpoint of step {self.step} holds everything, resume to go on")
                 raise KeyboardInterrupt if stopped == signal.SIGINT else SystemExit(0)
-            meter.exclude(time.perf_counter() - paused)
 
     def advance(self, inputs: list[Tensor]) -> dict[str, Tensor]:
         """One optimizer step, which does not wait for the device.
@@ -347,14 +349,19 @@ class Trainer:
             return 0
         return len(set().union(*self.ranks.gather([sample for sample, _ in self._place["unreadable"]])))
 
-    def _evaluated(self) -> nn.Module:
+    @contextmanager
+    def _evaluated(self) -> Iterator[nn.Module]:
         """The trained model in evaluation mode, for one rank alone to call. All ranks must ask for it together."""
         if self._complete is None:
-            return self.trained.eval()
+            yield self.trained.eval()
+            return
         states = self.trained.state_dict()
         for name, tensor in self._complete.to(self.device).state_dict().items():
             tensor.copy_(whole(states[name]))
-        return self._complete.eval()
+        try:
+            yield self._complete.eval()
+        finally:
+            self._complete.cpu()
 
     def _validate(self, model: nn.Module, best: float, journal: Journal) -> float:
         figures = self.task.validate(model)
@@ -397,16 +404,27 @@ class Trainer:
         return x.to(self.device, non_blocking=True)
 
     def _export(self, name: str, model: nn.Module) -> Path:
-        """Writes the model file by file, each all or nothing, so that a kill leaves the new or the old one."""
+        """Writes the model file by file, each all or nothing, so that a kill leaves the new or the old one.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
         assert isinstance(model, Pretrained)
         if self.ranks.first:
             draft = self.out / f".{name}"
             shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
-            model.save_pretrained(draft)
-            (self.out / name).mkdir(exist_ok=True)
-            for file in draft.iterdir():
-                file.replace(self.out / name / file.name)
-            draft.rmdir()
+            try:
+                model.save_pretrained(draft)
+                (self.out / name).mkdir(exist_ok=True)
+                for file in draft.iterdir():
+                    file.replace(self.out / name / file.name)
+                draft.rmdir()
+            except Exception as error:  # safetensors wraps a full disk in an error of its own
+                self._writer.wait()
+                kept = newest_checkpoint(self.out / CHECKPOINTS)
+                raise CheckpointError(
+                    f"could not write {self.out / name}: {error}. The last complete checkpoint is {kept or 'none'}."
+                ) from error
         return self.out / name
 
     def _picture(self, model: nn.Module) -> None:
@@ -465,7 +483,12 @@ class Trainer:
             raise CheckpointError(
                 f"{directory} was trained on batches of {before} x {there['batch']}, not of {world} x {here['batch']}"
             )
-        self.loader.load_state_dict({**there, "batch": here["batch"], "world": world})
+        there = {**there, "batch": here["batch"], "world": world}
+        if "unreadable" in there:
+            # The first rank goes on with what all of them have met.
+            met = {sample: reason for place in saved.data for sample, reason in place["unreadable"]}
+            there["unreadable"] = sorted(met.items()) if self.ranks.first else []
+        self.loader.load_state_dict(there)
         self._place = self.loader.state_dict()
         torch.manual_seed(self.ranks.seed(self.loop.seed, self.step))
         return f", on {world} ranks after {before}: all goes on but the random states, which start anew"

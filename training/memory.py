@@ -14,6 +14,7 @@ def state_bytes(model: nn.Module, *, averaged: bool, ranks_per_copy: int = 1) ->
 
     Every parameter takes its own bytes, as many for its average, and where it is trained as many for its gradient and
     for each of AdamW's two moments: 20 bytes for an averaged fp32 parameter. Buffers are not divided among ranks.
+    Where weights are, every device holds them and their average whole before, and one of the two in every validation.
 
     Args:
         model: not yet sharded.
@@ -23,7 +24,11 @@ def state_bytes(model: nn.Module, *, averaged: bool, ranks_per_copy: int = 1) ->
     kept = 1 + averaged
     weights = sum(p.numel() * p.element_size() * (kept + 3 * p.requires_grad) for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    return -(-weights // ranks_per_copy) + kept * buffers
+    divided = -(-weights // ranks_per_copy) + kept * buffers
+    if ranks_per_copy == 1:
+        return divided
+    one = sum(p.numel() * p.element_size() for p in model.parameters()) + buffers
+    return max(kept * one, divided + one)
 
 
 def check_memory(needed: int, device: torch.device) -> None:
@@ -35,6 +40,7 @@ def check_memory(needed: int, device: torch.device) -> None:
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # this process may use it again
     if needed > free:
         raise ValueError(
             f"training needs at least {_gb(needed)} for weights, gradients, moments and average, before any "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -147,6 +148,9 @@ class Meter:
         rate = images * self._ranks.world / elapsed
         return Reading(step, lr, dict(zip(names, means, strict=True)), rate, min(1.0, waited / elapsed), int(first_bad))
 
-    def exclude(self, seconds: float) -> None:
-        """Leaves time that was not spent on steps out of the rate."""
-        self._began += seconds
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Leaves time that is not spent on steps out of the rate."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began

@@ -197,9 +197,21 @@ def test_the_writer_writes_one_after_the_other_and_tells_of_failures(
         patch.setattr(module, "save_file", full)
         writer.save(make(4))
         with pytest.raises(CheckpointError, match=r"step 4 under .*No space left.*complete one is .*step-00000003"):
-            writer.save(make(5))
+            writer.wait()
+        writer.save(make(5))
+        assert writer._pending is not None and writer._pending.exception() is not None
+    # There is room again: what comes next is written all the same.
+    with pytest.raises(CheckpointError, match="step 5 under"):
+        writer.save(make(6))
     writer.wait()
-    assert [load_checkpoint(path).step for path in checkpoints(tmp_path)] == [2, 3]
+    assert [load_checkpoint(path).step for path in checkpoints(tmp_path)] == [3, 6]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", full)
+        writer.save(make(7))
+        assert writer._pending is not None and writer._pending.exception() is not None
+        with pytest.raises(CheckpointError, match="step 7 under"):
+            writer.check()
+    writer.check()
 
 
 def test_host_copies_do_not_follow_what_they_were_taken_from() -> None:

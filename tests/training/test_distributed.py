@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -405,9 +406,20 @@ def test_two_ranks_count_what_either_could_not_read(
     folder = damaged_copy(photo_shards / "train", tmp_path / "damaged", [3, 9])
     data = LoaderConfig(str(folder), 8, Crop(16, "random", resize=18), max_unreadable=0.2)
     loop = LoopConfig(str(tmp_path / "run"), steps=4, device="cpu", log_every=1)
-    Job(tmp_path, 2, train_pictures, to_dict(TokenizerRun(tokenizer_config, data, loop=loop))).succeed()
+    run = TokenizerRun(tokenizer_config, data, loop=loop)
+    Job(tmp_path, 2, train_pictures, to_dict(run)).succeed()
     counts = [record["unreadable"] for record in read_log(tmp_path / "run") if "unreadable" in record]
     assert counts[-3:] == [2, 2, 2]
+    # On one rank alone neither is forgotten: what both have met is the one's.
+    alone = TokenizerRun(tokenizer_config, data, loop=replace(loop, steps=5))
+    state = tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json"
+    saved = json.loads(state.read_text())
+    met = {sample: reason for place in saved["data"] for sample, reason in place["unreadable"]}
+    for place, sample in zip(saved["data"], sorted(met), strict=True):
+        place["unreadable"] = [[sample, met[sample]]]
+    state.write_text(json.dumps(saved))
+    train_tokenizer(alone, resume=True)
+    assert [record["unreadable"] for record in read_log(tmp_path / "run") if record["step"] == 5] == [2]
 
 
 def train_pictures(run: dict[str, Any]) -> None:

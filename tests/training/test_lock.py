@@ -45,6 +45,16 @@ def test_the_holder_is_named_and_its_death_frees_the_directory(tmp_path: Path) -
     (tmp_path / "over").touch()
 
 
+def test_two_runs_of_one_process_do_not_share_a_directory(tmp_path: Path) -> None:
+    with RunLock(tmp_path):
+        with pytest.raises(RunLockedError, match="another run of this process writes to"), RunLock(tmp_path):
+            pass
+        with pytest.raises(RunLockedError), RunLock(tmp_path / "x" / ".."):
+            pass
+    with RunLock(tmp_path):
+        pass
+
+
 def test_a_file_system_without_locks_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

@@ -18,7 +18,10 @@ def test_state_bytes_by_hand() -> None:
     trained, frozen, buffers = 55, 15, 4 * 3 + 4 * 3 + 8
     assert state_bytes(model, averaged=True) == 20 * trained + 8 * frozen + 2 * buffers
     assert state_bytes(model, averaged=False) == 16 * trained + 4 * frozen + buffers
-    assert state_bytes(model, averaged=True, ranks_per_copy=4) == (20 * trained + 8 * frozen) // 4 + 2 * buffers
+    one = 4 * (trained + frozen) + buffers
+    divided = (20 * trained + 8 * frozen) // 4 + 2 * buffers
+    assert state_bytes(model, averaged=True, ranks_per_copy=4) == divided + one > 2 * one, "when it is validated"
+    assert state_bytes(model, averaged=True, ranks_per_copy=400) == 2 * one, "before it is divided"
 
 
 def test_state_bytes_are_what_a_trainer_holds(bench: Bench, tmp_path: Path) -> None:
