@@ -15,11 +15,11 @@ from spectralar.training.trials.variants import (
     FullFirstTask,
     MovingAverageTokenizer,
     PerceptualTask,
+    ResidualTokenizer,
     RotatedTokenizer,
     Validation,
     fsq,
     plain_task,
-    residual,
     simvq,
 )
 
@@ -159,7 +159,7 @@ TRIALS: dict[str, Trial] = {
     "residual": Trial(
         "tokens after the 16th see only what those leave over: Q2 + 0.2 dB over base, Q1 + 0.1; half of the silent "
         "positions wake",
-        build=residual,
+        build=ResidualTokenizer,
     ),
     "perceptual": Trial(
         "features of a random network weigh edges: Q1 - 0.3 dB, Q2 + 0.1; what it asks for is in the tokens' own bands "

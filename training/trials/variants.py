@@ -149,13 +149,14 @@ class _ResidualDecoder(Decoder):
         return rebuilt + below * longer
 
 
-def residual(config: TokenizerConfig) -> SpectralTokenizer:
+class ResidualTokenizer(SpectralTokenizer):
     """Residual decoding: tokens after the first quarter are trained on what those leave over, at one decoding more."""
-    model = SpectralTokenizer(config)
-    decoder = _ResidualDecoder(config)
-    decoder.load_state_dict(model.decoder.state_dict())
-    model.decoder = decoder
-    return model
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__(config)
+        decoder = _ResidualDecoder(config)
+        decoder.load_state_dict(self.decoder.state_dict())
+        self.decoder = decoder
 
 
 class PerceptualTask(TokenizerTask):

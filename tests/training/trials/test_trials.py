@@ -28,9 +28,9 @@ from spectralar.training.trials.variants import (
     FullFirstTask,
     MovingAverageTokenizer,
     PerceptualTask,
+    ResidualTokenizer,
     RotatedTokenizer,
     fsq,
-    residual,
     simvq,
 )
 
@@ -195,7 +195,7 @@ def test_codes_are_moving_averages_of_the_latents_that_took_them() -> None:
 
 
 def test_residual_decoding_adds_to_the_first_quarter() -> None:
-    model, plain = residual(CONFIG).eval(), SpectralTokenizer(CONFIG).eval()
+    model, plain = ResidualTokenizer(CONFIG).eval(), SpectralTokenizer(CONFIG).eval()
     plain.load_state_dict(model.state_dict())
     tokens = torch.randint(32, (5, 4))
     assert torch.equal(model.decode(tokens[:, :1]), plain.decode(tokens[:, :1]))
