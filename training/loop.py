@@ -285,7 +285,8 @@ class Trainer:
                 _due(self.step, every) or last
                 for every in (self.loop.validate_every, self.loop.picture_every, self.loop.checkpoint_every)
             )
-            if validates or pictures or saves:
+            pauses = validates or pictures or saves
+            if pauses:
                 self._log(meter, journal)
                 self._check_finite(int(self._first_bad))
             with meter.excluded():
@@ -298,9 +299,10 @@ class Trainer:
                     self.model.train()
             stopped = self.ranks.largest(stop.number)
             with meter.excluded():
-                if saves or stopped:
+                if stopped and not pauses:
                     self._log(meter, journal)
                     self._check_finite(int(self._first_bad))
+                if saves or stopped:
                     self._save()
             if stopped:
                 self._writer.wait()

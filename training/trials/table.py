@@ -72,6 +72,7 @@ _RESTART = {"model.codebook_size": 4096, "model.dead_codes": "restart"}
 _BET = {**_TWO, "loss.prefixes.full": 0.25, **_RESTART}
 _WIDE = {"model.encoder": ViTConfig(384, 4, 6), "model.decoder": ViTConfig(512, 6, 8)}
 _LOOSE = {"model.commitment": 0.02}
+_RECIPE = {**_BET, **_LOOSE}
 
 TRIALS: dict[str, Trial] = {
     "base": Trial("as the embedded model, a little short: Q1 20.9, Q2 0.6, Q3 26, Q4 800; the last seven silent"),
@@ -84,7 +85,7 @@ TRIALS: dict[str, Trial] = {
         "bet, wide and loose together: Q1 22.2, Q2 1.5, Q3 130, Q4 2300; a fifth fewer steps",
         {**_BET, **_WIDE, **_LOOSE},
     ),
-    "bet-loose": Trial("bet and loose: Q1 0.15 dB over the same with 2048 codes, Q4 2700", {**_BET, **_LOOSE}),
+    "bet-loose": Trial("bet and loose: Q1 0.15 dB over the same with 2048 codes, Q4 2700", _RECIPE),
     "wide": Trial(
         "27 M instead of 6 M weights: training and validation PSNR of the embedded model are 0.2 dB apart, so it "
         "underfits: Q1 21.7, Q2 0.9; the last tokens stay silent, Q3 26",
@@ -169,30 +170,28 @@ TRIALS: dict[str, Trial] = {
     # What helped alone, together with the recipe; predicted for 4,000 steps, where `bet-loose` has Q1 20.7 and Q2 1.1.
     "bet-loose-emphasis": Trial(
         "most of what an emphasis gives alone the recipe has already: Q1 + 0.2 dB, Q2 + 0.2",
-        {**_BET, **_LOOSE, "loss.emphasis": 1.0},
+        {**_RECIPE, "loss.emphasis": 1.0},
     ),
     "bet-loose-half": Trial(
         "half of the prefixes whole: Q2 + 0.3 dB, Q1 + 0.05, n = 8 0.15 less",
-        {**_BET, **_LOOSE, "loss.prefixes.full": 0.5},
+        {**_RECIPE, "loss.prefixes.full": 0.5},
     ),
     "bet-loose-first": Trial(
         "whole prefixes first: awake from the start, so Q1 + 0.15 dB, Q2 + 0.15",
-        {**_BET, **_LOOSE},
+        _RECIPE,
         task=FullFirstTask,
     ),
     "bet-loose-rotation": Trial(
-        "gradients turn with the code: Q1 + 0.15 dB, Q2 as the recipe", {**_BET, **_LOOSE}, build=RotatedTokenizer
+        "gradients turn with the code: Q1 + 0.15 dB, Q2 as the recipe", _RECIPE, build=RotatedTokenizer
     ),
     "bet-loose-lr": Trial(
         "a learning rate of 1.2e-3, since 4,000 steps are far from the end: Q1 + 0.3 dB",
-        {**_BET, **_LOOSE, "optimizer.lr": 1.2e-3},
+        {**_RECIPE, "optimizer.lr": 1.2e-3},
     ),
-    "bet-loose-16384": Trial(
-        "four times the codes: Q1 + 0.3 dB, Q4 5000", {**_BET, **_LOOSE, "model.codebook_size": 16384}
-    ),
+    "bet-loose-16384": Trial("four times the codes: Q1 + 0.3 dB, Q4 5000", {**_RECIPE, "model.codebook_size": 16384}),
     "bet-loose-all": Trial(
         "emphasis, rotation and learning rate: what they give adds up to two thirds, Q1 + 0.4 dB, Q2 + 0.2",
-        {**_BET, **_LOOSE, "loss.emphasis": 1.0, "optimizer.lr": 1.2e-3},
+        {**_RECIPE, "loss.emphasis": 1.0, "optimizer.lr": 1.2e-3},
         build=RotatedTokenizer,
     ),
 }
