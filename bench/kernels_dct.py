@@ -125,11 +125,18 @@ class TargetsCase(PictureCase):
 
 @dataclass(frozen=True, kw_only=True)
 class LossCase(PictureCase):
-    """`spectral_mse`, forward and gradient, against the target written out and the loss after it."""
+    """`spectral_mse`, forward and gradient, against the target written out and the loss after it.
+
+    Attributes:
+        weighted: squared errors count by their frequency.
+    """
+
+    weighted: bool = False
 
     @property
     def name(self) -> str:
-        return f"spectral_mse forward+backward {self.shape} {_short(self.in_dtype)}, eq. 9 cutoffs"
+        weighted = ", weights by frequency" if self.weighted else ""
+        return f"spectral_mse forward+backward {self.shape} {_short(self.in_dtype)}, eq. 9 cutoffs{weighted}"
 
     @property
     def budget(self) -> float:
@@ -148,26 +155,51 @@ class LossCase(PictureCase):
         return self.values * (4 + self.in_dtype.itemsize + 4)
 
     def flops(self) -> int:
-        return 3 * sum(targets_flops(self.size, w) for w in drawn_cutoffs(self.batch, self.size, "random").tolist())
+        targets = sum(targets_flops(self.size, w) for w in drawn_cutoffs(self.batch, self.size, "random").tolist())
+        # To the frequencies and back.
+        return 3 * (targets + (self.batch * 8 * self.size**3 if self.weighted else 0))
+
+    def weights(self, device: torch.device) -> Tensor | None:
+        """1 at the highest frequencies, a twentieth or less at the lowest: so no error of a pixel grows."""
+        if not self.weighted:
+            return None
+        frequency = torch.arange(self.size, dtype=torch.float32, device=device)
+        weights = 1 + torch.maximum(frequency[:, None], frequency) / 8
+        return weights / weights.amax()
 
     def workload(self, device: torch.device) -> Workload:
         images = self.pictures(device)
         cutoffs = drawn_cutoffs(self.batch, self.size, "random").to(device)
+        weights = self.weights(device)
         noise = torch.randn(images.shape, generator=torch.Generator(device).manual_seed(1), device=device)
         prediction = (others.pixels_of(images, torch.float32) + 0.1 * noise).requires_grad_()
 
         def error(result: object) -> float:
             loss, gradient = cast(tuple[Tensor, Tensor], result)
-            return loss_error(loss, gradient, prediction.detach(), images, cutoffs)
+            return loss_error(loss, gradient, prediction.detach(), images, cutoffs, weights)
 
-        return Workload((prediction, images, cutoffs), _with_gradient(dct.spectral_mse), error)
+        ours = functools.partial(dct.spectral_mse, weights=weights)
+        return Workload((prediction, images, cutoffs), _with_gradient(ours), error)
 
     def peers(self, device: torch.device) -> tuple[Peer, ...]:
-        def apart(targets: Callable[..., Tensor]) -> Callable[..., object]:
-            return _with_gradient(lambda p, images, cutoffs: F.mse_loss(p, targets(images, cutoffs)))
+        def apart(
+            targets: Callable[..., Tensor], compare: Callable[[Tensor, Tensor], Tensor] = F.mse_loss
+        ) -> Callable[..., object]:
+            return _with_gradient(lambda p, images, cutoffs: compare(p, targets(images, cutoffs)))
 
         ours = functools.partial(dct.spectral_targets, out_dtype=torch.float32)
         projection = functools.partial(others.setup_projection, self.size, device, torch.float32, "tf32")
+        if (weights := self.weights(device)) is not None:
+            matmuls = others.setup_two_matmuls(self.size, device, "tf32")
+
+            def weigh(transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+                return lambda p, targets: (weights * transform(p - targets).square()).mean()
+
+            return (
+                Peer("our targets, then two matmuls tf32", lambda: apart(ours, weigh(matmuls))),
+                Peer("our targets, then dct2", lambda: apart(ours, weigh(dct.dct2))),
+                Peer("projection tf32, then two matmuls tf32", lambda: apart(projection(), weigh(matmuls))),
+            )
         return (
             Peer("our targets, then mse_loss", lambda: apart(ours)),
             Peer("projection tf32, then mse_loss", lambda: apart(projection())),
@@ -246,11 +278,18 @@ def targets_error(
     return float(worst / largest if relative else worst)
 
 
-def loss_error(loss: Tensor, gradient: Tensor, prediction: Tensor, images: Tensor, cutoffs: Tensor) -> float:
+def loss_error(
+    loss: Tensor,
+    gradient: Tensor,
+    prediction: Tensor,
+    images: Tensor,
+    cutoffs: Tensor,
+    weights: Tensor | None = None,
+) -> float:
     """Largest error of a mean squared error and its gradient, as an error of the target's pixels.
 
     The gradient times half the number of elements is the difference of the pixels; the root of the loss is its root
-    mean square, which an error of the pixels of at most `e` changes by at most `e`.
+    mean square, which an error of the pixels of at most `e` changes by at most `e`. Likewise with weights of at most 1.
     """
     if gradient.shape != prediction.shape or loss.ndim:
         return float("inf")
@@ -260,9 +299,11 @@ def loss_error(loss: Tensor, gradient: Tensor, prediction: Tensor, images: Tenso
         strict=True,
     )  # fmt: skip
     for predicted, part, cuts, got in parts:
-        want = predicted.double() - reference.spectral_targets(_double(part), cuts)
+        want = difference = predicted.double() - reference.spectral_targets(_double(part), cuts)
+        if weights is not None:
+            want = reference.weigh_frequencies(difference, weights)
         worst = torch.maximum(worst, (got.double() - want).abs().amax())
-        total = total + want.square().sum()
+        total = total + (difference * want).sum()
     rms = (total / prediction.numel()).sqrt()
     return float(torch.maximum(worst, (loss.double().sqrt() - rms).abs()))
 
@@ -325,5 +366,8 @@ CASES: tuple[Case, ...] = (
     *(TargetsCase(cutoffs=cutoff) for cutoff in (8, 64, 160, 256)),
     TargetsCase(precision="exact"),
     LossCase(),
+    LossCase(size=128, batch=512),
+    LossCase(size=128, batch=512, weighted=True),
+    LossCase(weighted=True),
     TransformCase(),
 )

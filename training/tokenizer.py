@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spectralar.kernels.dct import dct2
 from spectralar.kernels.vq import code_usage
 from spectralar.pictures import prefix_strip
 from spectralar.tokenizer import SpectralTokenizer, TokenizerOutput
@@ -45,21 +44,12 @@ class TokenizerLossConfig:
         if self.knee <= 0:
             raise ValueError(f"knee must be positive, not {self.knee}")
 
-
-def emphasized_error(difference: Tensor, emphasis: float, knee: float) -> Tensor:
-    """Mean squared error with weights by frequency; the plain one at `emphasis` 0, since the transform is orthonormal.
-
-    Args:
-        difference: `[B, C, S, S]` floating, reconstruction minus target.
-        emphasis: exponent g of the weights `(1 + max(u, v) / knee) ** g`.
-        knee: see above.
-
-    Returns:
-        Scalar in the dtype of `difference`, differentiable.
-    """
-    frequency = torch.arange(difference.shape[-1], dtype=difference.dtype, device=difference.device)
-    weight = (1 + torch.maximum(frequency[:, None], frequency) / knee) ** emphasis  # [S, S]
-    return (weight * dct2(difference).square()).mean()
+    def frequency_weights(self, size: int, device: torch.device) -> Tensor | None:
+        """What the squared error at every frequency of `size` pixels a side counts, `[S, S]` fp32; None where all 1."""
+        if not self.emphasis:
+            return None
+        frequency = torch.arange(size, dtype=torch.float32, device=device)
+        return (1 + torch.maximum(frequency[:, None], frequency) / self.knee) ** self.emphasis
 
 
 class TokenizerTask:
@@ -120,11 +110,8 @@ class TokenizerTask:
         """
         out = model(images, lengths)
         repeated = images.repeat(len(lengths) // len(images), 1, 1, 1)
-        if self.weights.emphasis:
-            difference = out.images - model.targets(repeated.to(out.images.device), lengths)
-            pixel = emphasized_error(difference, self.weights.emphasis, self.weights.knee)
-        else:
-            pixel = model.pixel_loss(out.images, repeated, lengths)
+        weights = self.weights.frequency_weights(model.config.image_size, out.images.device)
+        pixel = model.pixel_loss(out.images, repeated, lengths, weights)
         quantizer = out.codebook_loss + out.commitment_loss
         return self.weights.pixel * pixel + self.weights.quantizer * quantizer, pixel, out
 

@@ -137,23 +137,30 @@ def spectral_mse(
     images: Tensor,
     cutoffs: int | Sequence[int] | Tensor,
     *,
+    weights: Tensor | None = None,
     precision: Precision = "pixel",
 ) -> Tensor:
     """`mean((prediction - spectral_targets(images, cutoffs))^2)`, with its gradient, in one pass on a GPU.
 
-    The sub-images are never written to memory; the gradient with respect to `prediction` is, once.
+    The sub-images are never written to memory; the gradient with respect to `prediction` is, once. With weights it is
+    `mean(weights * dct2(prediction - spectral_targets(images, cutoffs))^2)`: on a GPU the same pass leaves the
+    differences in fp16, and matrix products in fp16 weigh them.
 
     Args:
         prediction: `[B, C, H, W]` floating, on the images' device.
         images, cutoffs, precision: as in `spectral_targets`.
+        weights: `[H, W]` floating, not negative, on the images' device: how much the squared error at vertical
+            frequency u and horizontal frequency v counts. None is 1, since the transform keeps squares. Signs are not
+            checked, since reading them would stall the device.
 
     Returns:
         Scalar float32 (float64 if an input is), 0 for an empty batch. Differentiable once, in `prediction` and in
         floating `images`.
 
     Raises:
-        TypeError: as `spectral_targets`, or `prediction` is not a floating tensor.
-        ValueError: as `spectral_targets`, or `prediction` has another shape or device than `images`.
+        TypeError: as `spectral_targets`, or `prediction` or `weights` is not a floating tensor.
+        ValueError: as `spectral_targets`, or `prediction` has another shape or device than `images`, or `weights` are
+            not `[H, W]` there.
     """
     _check_images(images)
     if not isinstance(prediction, Tensor) or not prediction.is_floating_point():
@@ -166,7 +173,9 @@ def spectral_mse(
             f"{prediction.device}"
         )
     _check_precision(precision)
-    loss, _ = ops.spectral_mse(prediction, images, _cutoffs(cutoffs, images), precision == "exact")
+    if weights is not None:
+        _check_weights(weights, images)
+    loss, _ = ops.spectral_mse(prediction, images, _cutoffs(cutoffs, images), precision == "exact", weights)
     return loss
 
 
@@ -244,6 +253,16 @@ def _check_images(images: object) -> None:
         raise TypeError(f"images must be uint8 or floating, got {images.dtype}")
     if images.ndim != 4 or 0 in images.shape[-2:]:
         raise ValueError(f"images must have shape [B, C, H, W] with H and W at least 1, got {list(images.shape)}")
+
+
+def _check_weights(weights: object, images: Tensor) -> None:
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        raise TypeError(f"weights must be a floating tensor, got {getattr(weights, 'dtype', type(weights).__name__)}")
+    if weights.shape != images.shape[-2:] or weights.device != images.device:
+        raise ValueError(
+            f"weights must be {list(images.shape[-2:])} on {images.device} as images, got {list(weights.shape)} on "
+            f"{weights.device}"
+        )
 
 
 def _integers(name: str, values: Iterable[SupportsIndex]) -> list[int]:

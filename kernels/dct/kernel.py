@@ -214,20 +214,43 @@ def compare(
     prediction: Tensor,
     images: Tensor,
     cutoffs: Tensor,
+    weights: Tensor | None = None,
     *,
     low_rank: config.LowRankConfig | None = None,
     projection: config.ProjectionConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared error of `prediction` against the sub-images, fp32 scalar, and its gradient like `prediction`."""
+    """Mean squared error of `prediction` against the sub-images, fp32 scalar, and its gradient like `prediction`.
+
+    With weights `[H, W]` the kernels leave the differences, and four matrix products in fp16 follow.
+    """
     low_rank, projection = _rows(images, low_rank, projection)
-    gradient = torch.empty_like(prediction)
     batch, channels, height, _ = images.shape
+    count = max(1, images.numel())
+    plain = weights is None
+    gradient = torch.empty_like(prediction, dtype=prediction.dtype if plain else PIXEL)
     # A plane has one sum, or one for each of its pieces: the others stay zero.
     pieces = triton.cdiv(height, projection.rows)
     sums = torch.zeros(batch * channels, pieces, dtype=torch.float32, device=images.device)
-    count = max(1, images.numel())
-    _filter(images, cutoffs, gradient, prediction, sums, 2 / count, low_rank, projection)
+    _filter(images, cutoffs, gradient, prediction, sums, 2 / count if plain else 1.0, low_rank, projection)
+    if weights is not None:
+        return _weighted(gradient, weights, count, prediction.dtype)
     return (sums.sum(dtype=torch.float64) / count).float(), gradient
+
+
+def _weighted(difference: Tensor, weights: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mean of the weighted squares of an fp16 difference's coefficients, and its gradient in `dtype`."""
+    height, width = difference.shape[-2:]
+    planes = difference.view(-1, height, width)
+    high, wide = (reference.cached_matrix(n, PIXEL, planes.device) for n in (height, width))
+    high = high.expand(len(planes), -1, -1)
+    # At most one each, so that no product leaves fp16's range; and the square root twice, as its norm is the loss.
+    largest = weights.float().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    root = (weights.float() / largest).sqrt().to(PIXEL)
+    with torch.autocast(planes.device.type, enabled=False):
+        coefficients = torch.bmm(high, planes @ wide.mT).mul_(root)
+        loss = torch.linalg.vector_norm(coefficients, dtype=torch.float32).square() * (largest / count)
+        gradient = torch.bmm(high.mT, coefficients.mul_(root)) @ wide
+    return loss, gradient.to(dtype).mul_(largest * (2 / count)).view(difference.shape)
 
 
 def _rows(

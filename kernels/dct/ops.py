@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,36 +63,43 @@ sub_images.register_autograd(_sub_images_backward, setup_context=_save_sub_image
 
 
 @torch.library.custom_op("spectralar::spectral_mse", mutates_args=())
-def spectral_mse(prediction: Tensor, images: Tensor, cutoffs: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+def spectral_mse(
+    prediction: Tensor, images: Tensor, cutoffs: Tensor, exact: bool, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient with respect to `prediction`."""
     if runs_kernels(images, exact) and prediction.dtype != torch.float64:
         with torch.cuda.device_of(images):
-            return kernel.compare(prediction.contiguous(), images.contiguous(), cutoffs.contiguous())
+            return kernel.compare(prediction.contiguous(), images.contiguous(), cutoffs.contiguous(), weights)
     targets = _exact(reference.spectral_targets, images, reference.work_dtype(prediction, images), cutoffs.clamp_min(1))
-    return reference.mse_and_gradient(prediction, targets)
+    weighted = difference = prediction.to(targets.dtype) - targets
+    if weights is not None:
+        weighted = _exact(partial(reference.weigh_frequencies, weights=weights), difference, difference.dtype)
+    return reference.mse_and_gradient(difference, weighted, prediction.dtype)
 
 
 @spectral_mse.register_fake
-def _(prediction: Tensor, images: Tensor, cutoffs: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+def _(
+    prediction: Tensor, images: Tensor, cutoffs: Tensor, exact: bool, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
     loss = torch.empty((), dtype=reference.work_dtype(prediction, images), device=images.device)
     return loss, torch.empty(prediction.shape, dtype=prediction.dtype, device=images.device)
 
 
 def _save_spectral_mse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, images, cutoffs, _ = inputs
+    _, images, cutoffs, _, _ = inputs
     _, gradient = output
     ctx.mark_non_differentiable(gradient)
     ctx.save_for_backward(cutoffs, gradient)
     ctx.dtype = images.dtype
 
 
-def _spectral_mse_backward(ctx: Any, loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _spectral_mse_backward(ctx: Any, loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     cutoffs, saved = ctx.saved_tensors
     gradient = (saved * loss).to(saved.dtype)
     to_images = None
     if ctx.needs_input_grad[1]:
         to_images = sub_images(-gradient, cutoffs, ctx.dtype, True)
-    return gradient, to_images, None, None
+    return gradient, to_images, None, None, None
 
 
 spectral_mse.register_autograd(_spectral_mse_backward, setup_context=_save_spectral_mse)

@@ -60,17 +60,26 @@ def spectral_targets(
         return torch.where(whole, pixels, filtered).to(out_dtype or _output_dtype(images))
 
 
-def spectral_mse(prediction: Tensor, images: Tensor, cutoffs: int | Sequence[int] | Tensor) -> Tensor:
+def spectral_mse(
+    prediction: Tensor, images: Tensor, cutoffs: int | Sequence[int] | Tensor, *, weights: Tensor | None = None
+) -> Tensor:
     # [B, C, H, W] twice -> []
     targets = spectral_targets(images, cutoffs, out_dtype=work_dtype(prediction, images))
-    return mse_and_gradient(prediction, targets)[0]
-
-
-def mse_and_gradient(prediction: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    # [B, C, H, W] twice -> [], [B, C, H, W]; the mean over nothing is zero
     difference = prediction.to(targets.dtype) - targets
+    weighted = difference if weights is None else weigh_frequencies(difference, weights)
+    return mse_and_gradient(difference, weighted, prediction.dtype)[0]
+
+
+def weigh_frequencies(x: Tensor, weights: Tensor) -> Tensor:
+    # [..., H, W], [H, W]: the coefficients times the weights, as pixels again
+    with _full_precision(x):
+        return _inverse(weights.to(x.dtype) * _forward(x))
+
+
+def mse_and_gradient(difference: Tensor, weighted: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # [B, C, H, W] twice -> [], [B, C, H, W]; the mean over nothing is zero
     count = max(1, difference.numel())
-    return difference.square().sum() / count, (difference * (2 / count)).to(prediction.dtype)
+    return (difference * weighted).sum() / count, (weighted * (2 / count)).to(dtype)
 
 
 def spectral_pyramid(images: Tensor, cutoffs: Sequence[int]) -> Tensor:

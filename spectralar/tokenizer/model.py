@@ -221,24 +221,25 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
             return images
         return spectral_targets(images, self.cutoffs[lengths.to(self.device) - 1])
 
-    def pixel_loss(self, rebuilt: Tensor, images: Tensor, lengths: Tensor) -> Tensor:
+    def pixel_loss(self, rebuilt: Tensor, images: Tensor, lengths: Tensor, weights: Tensor | None = None) -> Tensor:
         """`mean((rebuilt - targets(images, lengths))^2)`; on a GPU the targets are never written to memory.
 
         Args:
             rebuilt: `[B, 3, S, S]` floating, what `forward` gave.
             images: `[B, 3, S, S]` uint8 or floating in [0, 1]; repeated as often as an image has prefixes.
             lengths: `[B]` integers in 1..N.
+            weights: `[S, S]` floating, how much the squared error at every frequency counts; None is 1.
 
         Returns:
             Scalar float32, differentiable in `rebuilt`.
 
         Raises:
-            TypeError, ValueError: as `forward`.
+            TypeError, ValueError: as `forward` and `spectral_mse`.
         """
-        if self.config.supervision == "full":
-            return (rebuilt - self.targets(images, lengths)).square().mean()
         self._check_lengths(lengths, len(images), self.config.tokens, wait=False)
-        return spectral_mse(rebuilt, images.to(self.device), self.cutoffs[lengths.to(self.device) - 1])
+        full = self.config.supervision == "full"
+        cutoffs = self.config.image_size if full else self.cutoffs[lengths.to(self.device) - 1]
+        return spectral_mse(rebuilt, images.to(self.device), cutoffs, weights=weights)
 
     def forward(self, images: Tensor, lengths: Tensor) -> TokenizerOutput:
         """One pass of Algorithm 1: encode all, quantize all with straight-through gradients, decode the prefixes.

@@ -20,3 +20,4 @@ def sample_launches(capability: int = 90) -> None:
             kernel.sub_images(images.bfloat16(), cutoffs, torch.bfloat16)
             kernel.compare(images, images, cutoffs)
             kernel.compare(images.bfloat16(), images.byte(), cutoffs)
+            kernel.compare(images.bfloat16(), images.byte(), cutoffs, torch.ones(size, size))

@@ -242,13 +242,43 @@ def test_the_loss_is_that_of_the_targets(dtype: torch.dtype) -> None:
     assert (gradient - expected).abs().max() <= 4 * eps * expected.abs().max()
 
 
+@pytest.mark.parametrize("size", [(8, 8), (10, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
+def test_the_weighted_loss_is_that_of_the_coefficients(size: tuple[int, int], dtype: torch.dtype) -> None:
+    images = torch.rand(3, 3, *size, dtype=torch.float64)
+    images = (images * 255).byte() if dtype == torch.uint8 else images.to(dtype)
+    prediction = torch.rand(3, 3, *size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    prediction.requires_grad_()
+    weights = 30 * torch.rand(size)
+    loss = spectral_mse(prediction, images, [1, 4, max(size)], weights=weights)
+    plain = (weights * dct2(prediction - spectral_targets(images, [1, 4, max(size)])).square()).mean()
+    eps = torch.finfo(prediction.dtype).eps
+    assert loss.dtype == prediction.dtype and (loss / plain - 1).abs() <= 32 * eps
+    (gradient,) = torch.autograd.grad(3 * loss, prediction)
+    (expected,) = torch.autograd.grad(3 * plain, prediction)
+    assert (gradient - expected).abs().max() <= 32 * eps * expected.abs().max()
+
+
+def test_weights_of_one_change_nothing_and_a_single_frequency_counts_alone() -> None:
+    prediction, images = noise(2, 3, 6, 9, seed=0), noise(2, 3, 6, 9, seed=1)
+    plain = spectral_mse(prediction, images, 4)
+    torch.testing.assert_close(spectral_mse(prediction, images, 4, weights=torch.ones(6, 9)), plain)
+    weights = torch.zeros(6, 9)
+    weights[5, 2] = 2.0
+    expected = 2 * dct2(prediction)[..., 5, 2].square().sum() / prediction.numel()  # no target has that frequency
+    torch.testing.assert_close(spectral_mse(prediction, images, 4, weights=weights), expected)
+    assert spectral_mse(prediction, images, 4, weights=torch.zeros(6, 9)) == 0
+
+
 def test_the_loss_of_nothing_is_zero() -> None:
     assert spectral_mse(torch.rand(0, 3, 8, 8), torch.rand(0, 3, 8, 8), 3) == 0
+    assert spectral_mse(torch.rand(0, 3, 8, 8), torch.rand(0, 3, 8, 8), 3, weights=torch.ones(8, 8)) == 0
 
 
-def test_gradcheck_of_the_loss() -> None:
+@pytest.mark.parametrize("weights", [None, torch.arange(12.0).view(4, 3)])
+def test_gradcheck_of_the_loss(weights: Tensor | None) -> None:
     prediction, images = (noise(2, 1, 4, 3, seed=s).requires_grad_() for s in (0, 1))
-    assert torch.autograd.gradcheck(lambda p, x: spectral_mse(p, x, [2, 4]), (prediction, images))
+    assert torch.autograd.gradcheck(lambda p, x: spectral_mse(p, x, [2, 4], weights=weights), (prediction, images))
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -257,7 +287,8 @@ def test_operators_are_sound(grad: bool) -> None:
     prediction = torch.rand(2, 3, 6, 8, requires_grad=grad)
     operators = torch.ops.spectralar
     torch.library.opcheck(operators.sub_images.default, (images, cutoffs, torch.bfloat16, False))
-    torch.library.opcheck(operators.spectral_mse.default, (prediction, images, cutoffs, False))
+    for weights in (None, torch.rand(6, 8)):
+        torch.library.opcheck(operators.spectral_mse.default, (prediction, images, cutoffs, False, weights))
     torch.library.opcheck(operators.dct2.default, (images, True))
 
 
@@ -265,7 +296,8 @@ def test_compiles_as_one_graph() -> None:
     images, cutoffs = torch.rand(2, 3, 6, 8), torch.tensor([3, 8])
 
     def step(prediction: Tensor) -> Tensor:
-        return spectral_mse(prediction, images, cutoffs) + dct2(spectral_targets(images, cutoffs)).square().mean()
+        weighted = spectral_mse(prediction, images, cutoffs, weights=torch.arange(48.0).view(6, 8))
+        return weighted + spectral_mse(prediction, images, cutoffs) + dct2(spectral_targets(images, cutoffs)).mean()
 
     prediction = torch.rand(2, 3, 6, 8, requires_grad=True)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -320,6 +352,21 @@ ERRORS: list[tuple[Any, type[Exception], str]] = [
     ),
     (lambda: spectral_mse(IMAGES[:1], IMAGES, 1), ValueError, r"prediction must be \[2, 3, 4, 6\].*got \[1, 3, 4, 6\]"),
     (lambda: spectral_mse(IMAGES, IMAGES, 0), ValueError, "cutoffs must lie.*got 0"),
+    (
+        lambda: spectral_mse(IMAGES, IMAGES, 1, weights=torch.ones(4, 6).int()),
+        TypeError,
+        "weights must be a floating tensor, got torch.int32",
+    ),
+    (
+        lambda: spectral_mse(IMAGES, IMAGES, 1, weights=torch.ones(6, 4)),
+        ValueError,
+        r"weights must be \[4, 6\] on cpu as images, got \[6, 4\] on cpu",
+    ),
+    (
+        lambda: spectral_mse(IMAGES, IMAGES, 1, weights=torch.ones(4, 6, device="meta")),
+        ValueError,
+        "weights must be .* on cpu as images, got .* on meta",
+    ),
     (lambda: spectral_pyramid(IMAGES, []), ValueError, "cutoffs must hold at least one value, got none"),
     (lambda: spectral_pyramid(IMAGES, [1, 7]), ValueError, "cutoffs must lie.*got 7"),
     (lambda: spectral_pyramid(IMAGES, 3), TypeError, "cutoffs must be integral, got 3"),  # type: ignore[arg-type]

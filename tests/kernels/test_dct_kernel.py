@@ -75,6 +75,70 @@ def test_loss_and_gradient(size: tuple[int, int], cutoffs: list[int], dtype: tor
     assert (loss - difference.square().mean()).abs() <= 2 * QUARTER * difference.abs().mean()
 
 
+def rising(height: int, width: int) -> Tensor:
+    """Weights that grow with the frequency, as an emphasis has them, and none at the highest."""
+    rows, columns = (torch.arange(n, dtype=torch.float32, device=DEVICE) for n in (height, width))
+    weights = 1 + torch.maximum(rows[:, None], columns) / 8
+    weights[-1, -1] = 0
+    return weights
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("size", "cutoffs"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("prediction_dtype", [torch.float32, torch.float16])
+def test_weighted_loss_and_gradient(
+    size: tuple[int, int], cutoffs: list[int], dtype: torch.dtype, prediction_dtype: torch.dtype
+) -> None:
+    w = torch.tensor(cutoffs, device=DEVICE)
+    images = pictures(len(w), *size, dtype)
+    prediction, weights = pictures(len(w), *size, prediction_dtype, seed=1), rising(*size)
+    loss, gradient = kernel.compare(prediction, images, w, weights)
+    difference = prediction.double() - exact(images, w)
+    expected = reference.weigh_frequencies(difference, weights)
+    assert loss.dtype == torch.float32 and gradient.dtype == prediction_dtype and gradient.shape == images.shape
+    # Up to a quarter of a step in the targets, which the weights raise in the mean; and the roundings of five products.
+    raised = weights.double().square().mean().sqrt() * QUARTER
+    error = (gradient.double() * (images.numel() / 2) - expected).square().mean().sqrt()
+    assert (
+        error
+        <= raised + 5 * EPS * expected.square().mean().sqrt() + torch.finfo(prediction_dtype).tiny * images.numel()
+    )
+    assert (loss - (difference * expected).mean()).abs() <= 2 * raised * difference.abs().mean() + 5 * EPS * loss
+    again, same = kernel.compare(prediction, images, w, weights)
+    assert torch.equal(again, loss) and torch.equal(same, gradient)
+
+
+def test_weights_of_any_scale_are_taken() -> None:
+    w, images = torch.tensor([3, 16], device=DEVICE), pictures(2, 16, 16, torch.float32)
+    prediction = pictures(2, 16, 16, torch.float32, seed=1)
+    loss, gradient = kernel.compare(prediction, images, w, rising(16, 16))
+    for scale in (2.0**-40, 2.0**40):
+        scaled, steeper = kernel.compare(prediction, images, w, scale * rising(16, 16))
+        assert torch.equal(scaled / scale, loss) and torch.equal(steeper / scale, gradient)
+    nothing, flat = kernel.compare(prediction, images, w, torch.zeros(16, 16, device=DEVICE))
+    assert nothing == 0 and not flat.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [128, 256])
+def test_weighted_gradient_has_at_most_twice_the_error_of_fp16_matrix_products(size: int) -> None:
+    w = torch.tensor(spectral_cutoffs(64, size), device=DEVICE)
+    images, prediction = pictures(64, size, size, torch.float32), pictures(64, size, size, torch.float32, seed=1)
+    weights = rising(size, size)
+    true = reference.weigh_frequencies(prediction.double() - exact(images, w), weights)
+    a, difference = reference.dct_matrix(size, device=DEVICE).half(), (prediction - exact(images, w)).half()
+    plain = a.T @ (weights.half() * (a @ difference @ a.T)) @ a
+    _, gradient = kernel.compare(prediction, images, w, weights)
+    ours = (gradient.double() * (images.numel() / 2) - true).square().mean().sqrt()
+    theirs = (plain - true).square().mean().sqrt()
+    assert ours <= 2 * theirs, f"{ours:.2e} against {theirs:.2e}"
+    prediction.requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        [same] = torch.autograd.grad(spectral_mse(prediction, images, w, weights=weights), prediction)
+    assert torch.equal(same, gradient)
+
+
 def test_a_picture_does_not_depend_on_the_others() -> None:
     w = torch.tensor([70, 3, 72, 66, 40], device=DEVICE)
     images = pictures(5, 72, 72, torch.float32)
@@ -157,6 +221,11 @@ def test_exact_reaches_fp32_rounding_under_tf32(size: tuple[int, int], monkeypat
     w = torch.tensor([3, 64, 99, 100], device=DEVICE)
     true = exact(images, w)
     assert (spectral_targets(images, w, precision="exact") - true).abs().max() <= 1e-7 * true.abs().max()
+    prediction, weights = images.flip(0).requires_grad_(), rising(*size)
+    loss = spectral_mse(prediction, images, w, weights=weights, precision="exact")
+    expected = reference.weigh_frequencies(prediction.detach().double() - true, weights)
+    gradient = torch.autograd.grad(loss, prediction)[0] * (images.numel() / 2)
+    assert (gradient - expected).abs().max() <= 1e-6 * expected.abs().max()
     coefficients = reference.dct2(images.double())
     assert (dct2(images) - coefficients).abs().max() <= 1e-7 * coefficients.abs().max()
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -210,7 +279,8 @@ def test_compiled_as_one_graph() -> None:
     loss, again = step(prediction), torch.compile(step, fullgraph=True)(prediction)
     assert (loss - again).abs() <= 1e-5 * loss
     torch.library.opcheck(torch.ops.spectralar.sub_images.default, (images, w, torch.float32, False))
-    torch.library.opcheck(torch.ops.spectralar.spectral_mse.default, (prediction, images, w, False))
+    for weights in (None, rising(256, 256)):
+        torch.library.opcheck(torch.ops.spectralar.spectral_mse.default, (prediction, images, w, False, weights))
 
 
 @pytest.mark.gpu

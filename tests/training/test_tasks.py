@@ -14,13 +14,12 @@ import torch.nn.functional as F
 
 from spectralar.config import GeneratorConfig, TokenizerConfig
 from spectralar.generator import SpectralGenerator
-from spectralar.kernels.dct import idct2
 from spectralar.sampling import SamplingSettings
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.training.data import Crop, ImageLoader, LoaderConfig, TokenBatch
 from spectralar.training.generator import GeneratorTask
 from spectralar.training.prefixes import PrefixConfig
-from spectralar.training.tokenizer import TokenizerLossConfig, TokenizerTask, emphasized_error
+from spectralar.training.tokenizer import TokenizerLossConfig, TokenizerTask
 
 
 @pytest.fixture
@@ -73,14 +72,11 @@ def test_the_loss_of_several_prefixes_is_their_mean(
 
 
 def test_emphasis_weighs_by_frequency() -> None:
-    difference = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    torch.testing.assert_close(emphasized_error(difference, 0.0, 8.0), difference.square().mean())
+    assert TokenizerLossConfig().frequency_weights(16, torch.device("cpu")) is None
+    weights = TokenizerLossConfig(emphasis=2.0, knee=4.0).frequency_weights(16, torch.device("cpu"))
+    assert weights is not None and weights.shape == (16, 16)
     for u, v in ((0, 0), (3, 5), (15, 2)):
-        coefficients = torch.zeros(1, 3, 16, 16)
-        coefficients[0, 0, u, v] = 1.0
-        wave = idct2(coefficients)
-        expected = (1 + max(u, v) / 4.0) ** 2 * wave.square().mean()
-        torch.testing.assert_close(emphasized_error(wave, 2.0, 4.0), expected)
+        assert weights[u, v] == (1 + max(u, v) / 4) ** 2
 
 
 def test_emphasis_changes_the_pixel_loss_and_its_gradient(tokenizer: SpectralTokenizer, images: torch.Tensor) -> None:
@@ -112,9 +108,11 @@ def test_every_prefix_length_is_drawn(tokenizer: SpectralTokenizer, images: torc
     seen: list[torch.Tensor] = []
     pixel_loss = tokenizer.pixel_loss
 
-    def remember(rebuilt: torch.Tensor, images: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def remember(
+        rebuilt: torch.Tensor, images: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
         seen.append(lengths)
-        return pixel_loss(rebuilt, images, lengths)
+        return pixel_loss(rebuilt, images, lengths, weights)
 
     tokenizer.pixel_loss = remember  # type: ignore[method-assign]
     task = TokenizerTask(tokenizer, TokenizerLossConfig())
