@@ -100,10 +100,8 @@ def test_weighted_loss_and_gradient(
     # Up to a quarter of a step in the targets, which the weights raise in the mean; and the roundings of five products.
     raised = weights.double().square().mean().sqrt() * QUARTER
     error = (gradient.double() * (images.numel() / 2) - expected).square().mean().sqrt()
-    assert (
-        error
-        <= raised + 5 * EPS * expected.square().mean().sqrt() + torch.finfo(prediction_dtype).tiny * images.numel()
-    )
+    smallest = torch.finfo(prediction_dtype).tiny * images.numel()
+    assert error <= raised + 5 * EPS * expected.square().mean().sqrt() + smallest
     assert (loss - (difference * expected).mean()).abs() <= 2 * raised * difference.abs().mean() + 5 * EPS * loss
     again, same = kernel.compare(prediction, images, w, weights)
     assert torch.equal(again, loss) and torch.equal(same, gradient)
