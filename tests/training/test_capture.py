@@ -100,7 +100,9 @@ def test_two_gpus_train_alike_recorded_or_not_and_with_a_model_each_or_one_for_b
         Job(tmp_path / f"{name}.printed", 2, train, kind, order).succeed(180)
         weights.append(load_checkpoint(out / "checkpoints" / "step-00000020").model)
         losses.append([record["loss"] for record in read_log(out) if "lr" in record])
-    assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], rel=1e-4) == losses[2]
+    assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    # A sharded model's gradients are summed in another order, and a rounding can turn a latent to another code.
+    assert losses[2] == pytest.approx(losses[0], rel=1e-3)
     # All together: AdamW makes whole steps of a gradient that is only rounding, such as that of a bias before a norm.
     plain, *others = (torch.cat([state[name].flatten().double() for name in weights[0]]) for state in weights)
     for other in others:

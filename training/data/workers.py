@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -73,7 +75,7 @@ def answers(
         persistent: the processes outlive an iteration.
         pinned: tensors arrive in pinned memory where CUDA is available.
     """
-    return DataLoader(
+    return (_EndedAtExit if pinned else DataLoader)(
         dataset,
         batch_size=None,
         sampler=requests,
@@ -86,6 +88,25 @@ def answers(
         # Without a generator of its own, every start of an iteration would draw from torch's global one.
         generator=torch.Generator(),
     )
+
+
+class _EndedAtExit(DataLoader[T]):
+    """Ends processes that persist when the interpreter does.
+
+    torch before 2.13 does not tell those of pinned batches, and waits five seconds for each. Where batches are not
+    pinned, a thread may still take them then; torch ends the processes without waiting.
+    """
+
+    def __iter__(self) -> Any:
+        stream = super().__iter__()
+        if self.persistent_workers:
+            atexit.register(_call, weakref.WeakMethod(stream._shutdown_workers))  # type: ignore[attr-defined]
+        return stream
+
+
+def _call(method: weakref.WeakMethod[Any]) -> None:
+    if (found := method()) is not None:
+        found()
 
 
 def _begin(parent: int, _: int) -> None:

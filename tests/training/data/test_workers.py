@@ -79,6 +79,21 @@ def test_sigterm_is_for_the_training_process_alone():
     assert (done.returncode, done.stdout, done.stderr) == (0, "98\n", "")
 
 
+def test_workers_of_a_loader_that_is_still_held_end_first_when_the_interpreter_ends():
+    program = (
+        "import atexit, multiprocessing, time\n"
+        "from tests.training.data.test_workers import REQUESTS, Large, answers\n"
+        "atexit.register(lambda: print(len(multiprocessing.active_children()), time.monotonic() - ended < 4))\n"
+        "held = answers(Large(), REQUESTS, 2, persistent=True, pinned=True)\n"
+        "for _ in range(2):\n"
+        "    stream = iter(held)\n"
+        "    next(stream)\n"
+        "ended = time.monotonic()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 True\n", "")
+
+
 def test_a_worker_has_streams_of_its_own(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Hung())
     monkeypatch.setattr(sys, "stderr", Hung())
