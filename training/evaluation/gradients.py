@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from spectralar.images import to_float
 from spectralar.tokenizer import SpectralTokenizer
@@ -74,15 +75,17 @@ def _gradients(
     def remember(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         given.append(inputs[0])
 
-    queries = tokenizer.encoder.queries
-    trained = queries.requires_grad
-    queries.requires_grad_(True)
-    hook = tokenizer.decoder.register_forward_pre_hook(remember)
-    try:
-        with torch.enable_grad():
-            value = loss(tokenizer, images)
-            query, code = torch.autograd.grad(value, [queries, given[0]])
-    finally:
-        hook.remove()
-        queries.requires_grad_(trained)
+    # Queries that are parametrized are the same tensor here and in the encoder.
+    with parametrize.cached():
+        queries = tokenizer.encoder.queries
+        trained = queries.requires_grad
+        queries.requires_grad_(True)
+        hook = tokenizer.decoder.register_forward_pre_hook(remember)
+        try:
+            with torch.enable_grad():
+                value = loss(tokenizer, images)
+                query, code = torch.autograd.grad(value, [queries, given[0]])
+        finally:
+            hook.remove()
+            queries.requires_grad_(trained)
     return query, code

@@ -1,4 +1,4 @@
-"""Quantizers, a decoder, a curriculum and a loss that the tokenizer itself does not have, as changes to it."""
+"""Quantizers, beginnings, a decoder, a curriculum and a loss that the tokenizer itself lacks, as changes to it."""
 
 from __future__ import annotations
 
@@ -131,6 +131,83 @@ def fsq(config: TokenizerConfig) -> SpectralTokenizer:
     model.codebook.requires_grad_(False)
     model.encoder.add_module("latent_norm", nn.Sequential(model.encoder.latent_norm, nn.Tanh()))
     return model
+
+
+class LatentStartTokenizer(SpectralTokenizer):
+    """Codes that begin as latents of the first batch, evenly spread over it, in place of random directions.
+
+    Latents and codes must have unit length (`normalize_codes`).
+    """
+
+    begun: Tensor
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        if not config.normalize_codes:
+            raise ValueError("normalize_codes must be true for codes that begin as latents")
+        super().__init__(config)
+        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))
+
+    def quantize(self, latents: Tensor) -> VectorQuantized:
+        if self.training:
+            with torch.no_grad():
+                vectors = F.normalize(latents.flatten(0, 1).to(self.codebook.dtype), dim=-1)
+                # As many places as codes; some twice where there are fewer latents.
+                places = torch.arange(len(self.codebook), device=vectors.device) * len(vectors) // len(self.codebook)
+                self.codebook.copy_(torch.where(self.begun, self.codebook, vectors[places]))
+                self.begun.fill_(True)
+        return super().quantize(latents)
+
+
+class _Times(nn.Module):
+    """A parameter kept divided by a factor: AdamW, whose steps have a length of their own, turns it so much faster."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, kept: Tensor) -> Tensor:
+        return kept * self.factor
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """What is kept of a value."""
+        return value / self.factor
+
+
+def fast_codes(config: TokenizerConfig) -> SpectralTokenizer:
+    """Codes with five times the learning rate of the rest."""
+    model = SpectralTokenizer(config)
+    parametrize.register_parametrization(model, "codebook", _Times(5.0))
+    return model
+
+
+def fast_queries(config: TokenizerConfig) -> SpectralTokenizer:
+    """The encoder's queries and the decoder's token positions with five times the learning rate of the rest."""
+    model = SpectralTokenizer(config)
+    parametrize.register_parametrization(model.encoder, "queries", _Times(5.0))
+    parametrize.register_parametrization(model.decoder, "token_positions", _Times(5.0))
+    return model
+
+
+def embedding_norm(config: TokenizerConfig) -> SpectralTokenizer:
+    """The decoder's token embedding normalised: what a code says begins as loud as where it stands, not a third."""
+    model = SpectralTokenizer(config)
+    width = config.decoder.width
+    norm = nn.LayerNorm(width)
+    nn.init.constant_(norm.weight, width**-0.5)
+    model.decoder.from_code = _NormedLinear(model.decoder.from_code, norm)
+    return model
+
+
+class _NormedLinear(nn.Linear):
+    """A linear layer that gives what a norm makes of its result."""
+
+    def __init__(self, linear: nn.Linear, norm: nn.LayerNorm) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        self.norm = norm
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.norm(super().forward(codes))
 
 
 class _ResidualDecoder(Decoder):

@@ -26,10 +26,14 @@ from spectralar.training.trials.table import PLAIN, TRIALS, Trial, override
 from spectralar.training.trials.variants import (
     EntropyTokenizer,
     FullFirstTask,
+    LatentStartTokenizer,
     MovingAverageTokenizer,
     PerceptualTask,
     ResidualTokenizer,
     RotatedTokenizer,
+    embedding_norm,
+    fast_codes,
+    fast_queries,
     fsq,
     simvq,
 )
@@ -241,6 +245,54 @@ def test_simvq_moves_all_codes_and_learns_the_map_only() -> None:
     assert ((model.codebook - before).norm(dim=1) > 1e-3).all()
     learned = model.parametrizations.codebook[0].weight.detach()  # type: ignore[union-attr,index]
     torch.testing.assert_close(model.codebook, before @ learned.T)
+
+
+def test_codes_begin_as_latents_of_the_first_batch_alone() -> None:
+    model = LatentStartTokenizer(CONFIG)
+    fresh, latents = model.codebook.detach().clone(), torch.randn(16, 4, 4)
+    model.eval().quantize(latents)
+    assert torch.equal(model.codebook, fresh)
+    model.train().quantize(latents)
+    assert torch.equal(model.codebook, F.normalize(latents, dim=-1).flatten(0, 1)[::2])  # 64 latents, 32 codes
+    begun = model.codebook.detach().clone()
+    model.quantize(torch.randn(16, 4, 4))
+    assert torch.equal(model.codebook, begun)
+    with pytest.raises(ValueError, match="normalize_codes must be true"):
+        LatentStartTokenizer(replace(CONFIG, normalize_codes=False))
+
+
+def test_a_faster_parameter_starts_the_same_and_moves_five_times_as_far() -> None:
+    moved = []
+    for build in (SpectralTokenizer, fast_codes, fast_queries):
+        torch.manual_seed(0)
+        model = build(CONFIG)
+        parts = model.codebook, model.encoder.queries, model.decoder.token_positions
+        before = [part.detach().clone() for part in parts]
+        sum((part * torch.ones_like(part)).sum() for part in parts).backward()
+        build_optimizer(model, OptimizerConfig(lr=0.01, weight_decay=0.5), TokenizerTask.undecayed).step()
+        after = model.codebook, model.encoder.queries, model.decoder.token_positions
+        moved.append([(b - a).mean().item() for a, b in zip(after, before, strict=True)])
+        if build is SpectralTokenizer:
+            plain = before
+        for a, b in zip(before, plain, strict=True):
+            torch.testing.assert_close(a, b)
+    (codes, queries, positions), *others = moved
+    for found, expected in zip(others, ((5, 1, 1), (1, 5, 5)), strict=True):
+        assert found == pytest.approx([f * m for f, m in zip(expected, (codes, queries, positions), strict=True)])
+
+
+def test_embedded_codes_begin_as_loud_as_positions() -> None:
+    torch.manual_seed(0)
+    plain = SpectralTokenizer(CONFIG)
+    torch.manual_seed(0)
+    model = embedding_norm(CONFIG)
+    codes = F.normalize(torch.randn(50, 4), dim=-1)
+    with torch.no_grad():
+        ours, theirs = model.decoder.from_code(codes), plain.decoder.from_code(codes)
+    assert torch.allclose(ours, F.layer_norm(theirs, (32,)) * 32**-0.5)
+    assert ours.norm(dim=1).mean() == pytest.approx(
+        plain.decoder.token_positions.data.norm(dim=1).mean().item(), rel=0.3
+    )
 
 
 def test_fsq_rounds_bounded_latents_to_a_grid() -> None:
