@@ -163,7 +163,7 @@ def split_by_stage(trainer: Trainer, inputs: list[Tensor], device: torch.device)
     pixel_loss = getattr(trainer.model, "pixel_loss", None)
     if pixel_loss is not None:
 
-        def timed(*arguments: Tensor) -> Tensor:
+        def timed(*arguments: Tensor | None) -> Tensor:
             with clock("targets and error"):
                 loss: Tensor = pixel_loss(*arguments)
                 return loss

@@ -28,7 +28,8 @@ class TokenizerLossConfig:
         quantizer: weight of codebook plus commitment loss.
         prefixes: which prefixes a step rebuilds.
         emphasis: exponent g by which high frequencies weigh more in the pixel error: the squared error at vertical
-            frequency u and horizontal frequency v counts (1 + max(u, v) / knee) ** g times. 0 is the plain error.
+            frequency u and horizontal frequency v counts (1 + max(u, v) / knee) ** g times. 0 is the plain error; at
+            most 2, since the weights are applied in fp16 on a GPU.
         knee: frequency up to which the weights hardly grow.
     """
 
@@ -39,8 +40,8 @@ class TokenizerLossConfig:
     knee: float = 8.0
 
     def __post_init__(self) -> None:
-        if self.emphasis < 0:
-            raise ValueError(f"emphasis must not be negative, not {self.emphasis}")
+        if not 0 <= self.emphasis <= 2:
+            raise ValueError(f"emphasis must lie from 0 to 2, not {self.emphasis}")
         if self.knee <= 0:
             raise ValueError(f"knee must be positive, not {self.knee}")
 

@@ -150,12 +150,14 @@ def spectral_mse(
         prediction: `[B, C, H, W]` floating, on the images' device.
         images, cutoffs, precision: as in `spectral_targets`.
         weights: `[H, W]` floating, not negative, on the images' device: how much the squared error at vertical
-            frequency u and horizontal frequency v counts. None is 1, since the transform keeps squares. Signs are not
-            checked, since reading them would stall the device.
+            frequency u and horizontal frequency v counts; no gradient reaches them. None is 1, since the transform
+            keeps squares. Signs are not checked, since reading them would stall the device. With `precision="pixel"` on
+            a GPU differences must be below 65504 / sqrt(H * W), 256 at 256 pixels; and weights may differ by a factor
+            of about a thousand: the roundings of fp16 where they are largest cover what is said where they are least.
 
     Returns:
-        Scalar float32 (float64 if an input is), 0 for an empty batch. Differentiable once, in `prediction` and in
-        floating `images`.
+        Scalar float32 (float64 if `prediction` or `images` are), 0 for an empty batch. Differentiable once, in
+        `prediction` and in floating `images`.
 
     Raises:
         TypeError: as `spectral_targets`, or `prediction` or `weights` is not a floating tensor.

@@ -243,14 +243,14 @@ def _weighted(difference: Tensor, weights: Tensor, count: int, dtype: torch.dtyp
     planes = difference.view(-1, height, width)
     high, wide = (reference.cached_matrix(n, PIXEL, planes.device) for n in (height, width))
     high = high.expand(len(planes), -1, -1)
-    # At most one each, so that no product leaves fp16's range; and the square root twice, as its norm is the loss.
+    # At most one each, so that no coefficient grows; and the square root twice, as the norm in the middle is the loss.
     largest = weights.float().amax().clamp_min(torch.finfo(torch.float32).tiny)
     root = (weights.float() / largest).sqrt().to(PIXEL)
     with torch.autocast(planes.device.type, enabled=False):
         coefficients = torch.bmm(high, planes @ wide.mT).mul_(root)
         loss = torch.linalg.vector_norm(coefficients, dtype=torch.float32).square() * (largest / count)
         gradient = torch.bmm(high.mT, coefficients.mul_(root)) @ wide
-    return loss, gradient.to(dtype).mul_(largest * (2 / count)).view(difference.shape)
+    return loss, gradient.float().mul_(largest * (2 / count)).to(dtype).view(difference.shape)
 
 
 def _rows(

@@ -222,7 +222,9 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
         return spectral_targets(images, self.cutoffs[lengths.to(self.device) - 1])
 
     def pixel_loss(self, rebuilt: Tensor, images: Tensor, lengths: Tensor, weights: Tensor | None = None) -> Tensor:
-        """`mean((rebuilt - targets(images, lengths))^2)`; on a GPU the targets are never written to memory.
+        """`mean((rebuilt - targets(images, lengths))^2)`, or with frequencies weighed, see `spectral_mse`.
+
+        On a GPU the targets are never written to memory.
 
         Args:
             rebuilt: `[B, 3, S, S]` floating, what `forward` gave.
@@ -236,8 +238,10 @@ class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):
         Raises:
             TypeError, ValueError: as `forward` and `spectral_mse`.
         """
-        self._check_lengths(lengths, len(images), self.config.tokens, wait=False)
         full = self.config.supervision == "full"
+        if full and weights is None:
+            return (rebuilt - self.targets(images, lengths)).square().mean()
+        self._check_lengths(lengths, len(images), self.config.tokens, wait=False)
         cutoffs = self.config.image_size if full else self.cutoffs[lengths.to(self.device) - 1]
         return spectral_mse(rebuilt, images.to(self.device), cutoffs, weights=weights)
 

@@ -95,7 +95,8 @@ def test_emphasis_changes_the_pixel_loss_and_its_gradient(tokenizer: SpectralTok
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"emphasis": -1.0}, "emphasis must not be negative, not -1.0"),
+        ({"emphasis": -1.0}, "emphasis must lie from 0 to 2, not -1.0"),
+        ({"emphasis": 2.5}, "emphasis must lie from 0 to 2, not 2.5"),
         ({"knee": 0.0}, "knee must be positive, not 0.0"),
     ],
 )

@@ -98,8 +98,9 @@ class _EndedAtExit(DataLoader[T]):
     """
 
     def __iter__(self) -> Any:
+        fresh = self._iterator is None
         stream = super().__iter__()
-        if self.persistent_workers:
+        if fresh and self.persistent_workers:
             atexit.register(_call, weakref.WeakMethod(stream._shutdown_workers))  # type: ignore[attr-defined]
         return stream
 

@@ -108,11 +108,19 @@ class _Projected(nn.Module):
             return codes @ self.weight.T
 
 
+def _behind(config: TokenizerConfig, codes: nn.Module) -> SpectralTokenizer:
+    """A tokenizer whose codebook is what a module makes of what is kept."""
+    if config.dead_codes == "restart":
+        raise ValueError("dead_codes must be keep, as a restarted code is written where nothing is kept")
+    model = SpectralTokenizer(config)
+    parametrize.register_parametrization(model, "codebook", codes)
+    return model
+
+
 def simvq(config: TokenizerConfig) -> SpectralTokenizer:
     """SimVQ (Zhu et al., arXiv:2411.02038): random codes that stay, behind a learned linear map that moves them all."""
-    model = SpectralTokenizer(config)
-    model.codebook.requires_grad_(False)
-    parametrize.register_parametrization(model, "codebook", _Projected(config.code_dim))
+    model = _behind(config, _Projected(config.code_dim))
+    model.parametrizations.codebook.original.requires_grad_(False)  # type: ignore[union-attr]
     return model
 
 
@@ -134,7 +142,7 @@ def fsq(config: TokenizerConfig) -> SpectralTokenizer:
 
 
 class LatentStartTokenizer(SpectralTokenizer):
-    """Codes that begin as latents of the first batch, evenly spread over it, in place of random directions.
+    """Codes that begin as latents of the first batch, as many of every position, in place of random directions.
 
     Latents and codes must have unit length (`normalize_codes`).
     """
@@ -150,8 +158,9 @@ class LatentStartTokenizer(SpectralTokenizer):
     def quantize(self, latents: Tensor) -> VectorQuantized:
         if self.training:
             with torch.no_grad():
-                vectors = F.normalize(latents.flatten(0, 1).to(self.codebook.dtype), dim=-1)
-                # As many places as codes; some twice where there are fewer latents.
+                all_ = self._joined(latents.detach()).to(self.codebook.dtype)
+                vectors = F.normalize(all_.transpose(0, 1).flatten(0, 1), dim=-1)
+                # Position by position; some twice where there are fewer latents than codes.
                 places = torch.arange(len(self.codebook), device=vectors.device) * len(vectors) // len(self.codebook)
                 self.codebook.copy_(torch.where(self.begun, self.codebook, vectors[places]))
                 self.begun.fill_(True)
@@ -174,10 +183,8 @@ class _Times(nn.Module):
 
 
 def fast_codes(config: TokenizerConfig) -> SpectralTokenizer:
-    """Codes with five times the learning rate of the rest."""
-    model = SpectralTokenizer(config)
-    parametrize.register_parametrization(model, "codebook", _Times(5.0))
-    return model
+    """Codes with five times the learning rate of the rest; in the norm that is clipped they count as much more."""
+    return _behind(config, _Times(5.0))
 
 
 def fast_queries(config: TokenizerConfig) -> SpectralTokenizer:

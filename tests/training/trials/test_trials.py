@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,7 +254,8 @@ def test_codes_begin_as_latents_of_the_first_batch_alone() -> None:
     model.eval().quantize(latents)
     assert torch.equal(model.codebook, fresh)
     model.train().quantize(latents)
-    assert torch.equal(model.codebook, F.normalize(latents, dim=-1).flatten(0, 1)[::2])  # 64 latents, 32 codes
+    # Of 64 latents 32 become codes: eight of every position.
+    assert torch.equal(model.codebook, F.normalize(latents, dim=-1).transpose(0, 1)[:, ::2].flatten(0, 1))
     begun = model.codebook.detach().clone()
     model.quantize(torch.randn(16, 4, 4))
     assert torch.equal(model.codebook, begun)
@@ -293,6 +295,17 @@ def test_embedded_codes_begin_as_loud_as_positions() -> None:
     assert ours.norm(dim=1).mean() == pytest.approx(
         plain.decoder.token_positions.data.norm(dim=1).mean().item(), rel=0.3
     )
+
+
+def test_the_preset_is_what_its_trial_says() -> None:
+    preset = TOKENIZER_RUNS["emoji"]
+    assert override(preset, {**PLAIN, **TRIALS["preset"].changes}) == preset
+
+
+@pytest.mark.parametrize("build", [simvq, fast_codes])
+def test_codes_behind_a_map_cannot_restart(build: Callable[[TokenizerConfig], SpectralTokenizer]) -> None:
+    with pytest.raises(ValueError, match="dead_codes must be keep"):
+        build(replace(CONFIG, dead_codes="restart"))
 
 
 def test_fsq_rounds_bounded_latents_to_a_grid() -> None:
