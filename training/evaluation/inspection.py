@@ -31,7 +31,8 @@ COLUMNS = {
     "entropy": ("bits", "entropy of codes (bits)"),
     "drop_cost": ("drop", "cost of dropping (dB)"),
     "shuffle_cost": ("shuffle", "cost of shuffling (dB)"),
-    "band_drop_cost": ("in band", "cost of dropping in its own band (dB)"),
+    "band_drop_cost": ("band drop", "cost of dropping in its own band (dB)"),
+    "band_shuffle_cost": ("band shuffle", "cost of shuffling in its own band (dB)"),
     "spread": ("spread", "spread of latents"),
     "code_distance": ("distance", "squared distance to the code"),
     "gradient_query": ("d query", "gradient of the query"),
@@ -146,7 +147,8 @@ def _table(measured: dict[str, Any], cutoffs: Sequence[int]) -> list[str]:
     rows = [("n", "below", *(COLUMNS[name][0] for name in known))]
     for i, cutoff in enumerate(cutoffs):
         rows.append((str(i + 1), str(cutoff), *(_short(name, measured[name][i]) for name in known)))
-    return ["".join(f"{cell:>9}" for cell in row) for row in rows]
+    widths = [max(9, len(head) + 2) for head in rows[0]]
+    return ["".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _short(name: str, value: float) -> str:

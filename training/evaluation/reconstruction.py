@@ -46,10 +46,11 @@ class TokenizerReport:
         energy_rebuilt: per band, of the reconstructions from all N tokens.
         energy_error: per band, of their difference.
         drop_cost: per position, PSNR in dB lost from all N tokens when the token is replaced by the position's most
-            frequent code, so that it says nothing; this and the next two are empty when not measured.
+            frequent code, so that it says nothing; this and the next three are empty when not measured.
         shuffle_cost: the same when the token is replaced by another image's, drawn from the position's own codes.
         band_drop_cost: per position, what dropping costs in the token's own band: the ratio of that band's error
             without and with the token, in dB.
+        band_shuffle_cost: the same for another image's token.
     """
 
     images: int
@@ -70,6 +71,7 @@ class TokenizerReport:
     drop_cost: tuple[float, ...] = ()
     shuffle_cost: tuple[float, ...] = ()
     band_drop_cost: tuple[float, ...] = ()
+    band_shuffle_cost: tuple[float, ...] = ()
 
 
 def default_lengths(tokens: int) -> tuple[int, ...]:
@@ -132,7 +134,7 @@ def evaluate_tokenizer(
         raise ValueError("batches holds no images")
     usage, energies, latents = ranks.sum(usage), ranks.sum(energies) / total, ranks.sum(latents) / total
     mean_colour, *by_length = (value / total for value in rest)
-    measured: tuple[tuple[float, ...], ...] = ((), (), ())
+    measured: tuple[tuple[float, ...], ...] = ((), (), (), ())
     if costs:
         measured = _costs(tokenizer, tokens_seen, images_seen, usage, cost_images, ranks)
     overall = usage.sum(0)
@@ -156,6 +158,7 @@ def evaluate_tokenizer(
         drop_cost=measured[0],
         shuffle_cost=measured[1],
         band_drop_cost=measured[2],
+        band_shuffle_cost=measured[3],
     )
 
 
@@ -202,13 +205,13 @@ def _costs(
     limit: int,
     ranks: Ranks,
 ) -> tuple[tuple[float, ...], ...]:
-    """Drop cost, shuffle cost and drop cost in the token's own band, from the codes' counts `usage` [N, K]."""
+    """Drop and shuffle cost, and both in the token's own band, from the codes' counts `usage` [N, K]."""
     positions, device = len(usage), tokenizer.device
     silent = usage.argmax(1).to(device)
     below = usage.cumsum(1).to(device)  # [N, K]
-    # Rows of sums over images: PSNR without the token, with another's, error of the own band without it, and with all
-    # tokens; then the PSNR with all tokens and the number of images.
-    sums = torch.zeros(5, positions, dtype=torch.float64)
+    # Rows of sums over images: PSNR without the token, error of its band without it, both with another's, error of the
+    # band with all tokens; then the PSNR with all tokens and the number of images.
+    sums = torch.zeros(6, positions, dtype=torch.float64)
     seen = ranks.rank
     for chunk, batch in zip(tokens, images, strict=True):
         kept = len(range(seen, limit, ranks.world)[: len(chunk)])
@@ -217,14 +220,16 @@ def _costs(
         chunk, truth = chunk[:kept], to_float(batch[:kept].to(device))
         rebuilt = tokenizer.decode(chunk)
         places = seen + ranks.world * torch.arange(kept, device=device)
-        sums[0:4:2] += torch.stack(_without(tokenizer, chunk, truth, silent.expand(kept, -1)))
-        sums[1] += _without(tokenizer, chunk, truth, _another(below, places))[0]
-        sums[3] += band_energy(rebuilt - truth, tokenizer.config.cutoffs).sum(0).cpu()
-        sums[4, :2] += torch.tensor([float(_psnr(rebuilt, truth).double().sum()), kept], dtype=torch.float64)
+        sums[0:2] += torch.stack(_without(tokenizer, chunk, truth, silent.expand(kept, -1)))
+        sums[2:4] += torch.stack(_without(tokenizer, chunk, truth, _another(below, places)))
+        sums[4] += band_energy(rebuilt - truth, tokenizer.config.cutoffs).sum(0).cpu()
+        sums[5, :2] += torch.tensor([float(_psnr(rebuilt, truth).double().sum()), kept], dtype=torch.float64)
         seen += ranks.world * kept
-    dropped, shuffled, band_without, band, (full, total, *_) = ranks.sum(sums)
-    in_band = 10 * ((band_without / total + _LEAST_ERROR) / (band / total + _LEAST_ERROR)).log10()
-    return tuple(tuple(x.tolist()) for x in ((full - dropped) / total, (full - shuffled) / total, in_band))
+    dropped, band_dropped, shuffled, band_shuffled, band, (full, total, *_) = ranks.sum(sums)
+    overall = [(full - without) / total for without in (dropped, shuffled)]
+    own = band / total + _LEAST_ERROR
+    in_band = [10 * ((without / total + _LEAST_ERROR) / own).log10() for without in (band_dropped, band_shuffled)]
+    return tuple(tuple(x.tolist()) for x in (*overall, *in_band))
 
 
 def _another(below: Tensor, places: Tensor) -> Tensor:

@@ -167,10 +167,14 @@ def test_shuffle_and_band_costs_against_slow_ones(
         )
         assert report.shuffle_cost[position] == pytest.approx(lost, abs=4e-6)
         inside = (radius >= edges[position]) & (radius < edges[position + 1])
+        shuffled = known.decode(others).detach()
 
         def error(rebuilt: torch.Tensor, inside: torch.Tensor = inside) -> float:
             return float(dct2(rebuilt - floats)[..., inside].double().square().sum())
 
+        assert report.band_shuffle_cost[position] == pytest.approx(
+            10 * math.log10(error(shuffled) / error(full)), abs=4e-6
+        )
         costs = []
         for code in tokens[:, position].unique().tolist():
             silent = tokens.clone()
@@ -182,6 +186,7 @@ def test_shuffle_and_band_costs_against_slow_ones(
     )
     assert min(abs(report.shuffle_cost[i]) for i in (0, 1, 3)) > 4e-5
     assert min(abs(report.band_drop_cost[i]) for i in (0, 1, 3)) > 4e-5
+    assert min(abs(report.band_shuffle_cost[i]) for i in (0, 1, 3)) > 4e-5
 
 
 def test_costs_on_the_first_images_only(known: SpectralTokenizer, images: torch.Tensor) -> None:
