@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class OptimizerConfig:
         clip: largest global gradient norm.
         ema: decay of the averaged weights; the decay of step s is min(ema, (1 + s) / (10 + s)); 0 keeps no average.
         accumulation: batches per optimizer step.
+        code_rate: learning rate of a tokenizer's codes, as a multiple of that of all else.
     """
 
     lr: float = 1e-4
@@ -41,6 +42,7 @@ class OptimizerConfig:
     clip: float = 1.0
     ema: float = 0.999
     accumulation: int = 1
+    code_rate: float = 1.0
 
     def __post_init__(self) -> None:
         for name, good in {
@@ -53,6 +55,7 @@ class OptimizerConfig:
             "clip must be positive": self.clip > 0,
             "ema must be in [0, 1)": 0 <= self.ema < 1,
             "accumulation must be at least 1": self.accumulation >= 1,
+            "code_rate must be positive": self.code_rate > 0,
         }.items():
             if not good:
                 raise ValueError(f"{name}, not {getattr(self, name.split()[0])}")
@@ -72,30 +75,45 @@ class OptimizerConfig:
 def build_optimizer(model: nn.Module, config: OptimizerConfig, undecayed: Iterable[str]) -> torch.optim.AdamW:
     """AdamW in two groups: matrices decay; vectors and parameters whose name contains an entry of `undecayed` do not.
 
+    Where `code_rate` is not 1, the codebook is a third group, which does not decay, with a "rate" for `set_lr`.
+
     On a GPU the optimizer is fused, and its learning rate is a tensor, so that a captured step can follow a schedule;
     steps on sharded parameters are not captured, and fused AdamW takes no plain tensor beside them.
     """
     parts = tuple(undecayed)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    codes = [p for name, p in trained if "codebook" in name and config.code_rate != 1]
+    apart = {id(p) for p in codes}
     plain = [p for name, p in trained if p.dim() < 2 or any(part in name for part in parts)]
-    chosen = {id(p) for p in plain}
-    decayed = [p for _, p in trained if id(p) not in chosen]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    plain = [p for p in plain if id(p) not in apart]
+    apart |= {id(p) for p in plain}
+    decayed = [p for _, p in trained if id(p) not in apart]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    if codes:
+        groups.append({"params": codes, "weight_decay": 0.0, "rate": config.code_rate})
     if any(is_sharded(p) for _, p in trained):
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=trained[0][1].is_cuda)
-    if all(p.is_cuda for _, p in trained):
-        lr = torch.tensor(config.lr, device=trained[0][1].device)
-        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True, capturable=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=trained[0][1].is_cuda)
+    elif all(p.is_cuda for _, p in trained):
+        for group in groups:
+            group["lr"] = torch.tensor(config.lr, device=trained[0][1].device)
+        optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=True, capturable=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    set_lr(optimizer, config.lr)
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every group, in place where it is a tensor."""
+    """Sets the learning rate of every group, times its "rate" where it has one, in place where it is a tensor."""
     for group in optimizer.param_groups:
+        own = lr * group.get("rate", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = lr
+            group["lr"] = own
 
 
 class AveragedModel:

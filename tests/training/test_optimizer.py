@@ -76,6 +76,30 @@ def test_set_lr_keeps_tensors_in_place() -> None:
     assert held.item() == optimizer.param_groups[1]["lr"] == 0.25
 
 
+def test_codes_have_a_rate_of_their_own(tokenizer_config: TokenizerConfig) -> None:
+    model = SpectralTokenizer(tokenizer_config)
+    optimizer = build_optimizer(model, OptimizerConfig(lr=0.5, code_rate=0.25), TokenizerTask.undecayed)
+    decayed, plain, codes = optimizer.param_groups
+    assert codes["params"] == [model.codebook] and codes["weight_decay"] == 0
+    assert len(decayed["params"]) + len(plain["params"]) + 1 == len(list(model.parameters()))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5, 0.125]
+    set_lr(optimizer, 0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1, 0.025]
+    with pytest.raises(ValueError, match="code_rate must be positive, not 0"):
+        OptimizerConfig(code_rate=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("code_rate", [1.0, 0.25])
+def test_learning_rates_on_a_gpu_are_tensors_of_their_own(tokenizer_config: TokenizerConfig, code_rate: float) -> None:
+    model = SpectralTokenizer(tokenizer_config).cuda()
+    optimizer = build_optimizer(model, OptimizerConfig(lr=0.5, code_rate=code_rate), TokenizerTask.undecayed)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    set_lr(optimizer, 0.1)
+    assert [rate.item() for rate in rates] == pytest.approx([0.1, 0.1, 0.1 * code_rate][: len(rates)])
+    assert len({rate.data_ptr() for rate in rates}) == len(rates) == (2 if code_rate == 1 else 3)
+
+
 def test_warmup_is_linear_and_reaches_the_peak() -> None:
     config = OptimizerConfig(lr=0.8, warmup=4)
     assert [config.lr_at(step, 100) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8], rel=1e-12)

@@ -108,19 +108,15 @@ class _Projected(nn.Module):
             return codes @ self.weight.T
 
 
-def _behind(config: TokenizerConfig, codes: nn.Module) -> SpectralTokenizer:
-    """A tokenizer whose codebook is what a module makes of what is kept."""
-    if config.dead_codes == "restart":
-        raise ValueError("dead_codes must be keep, as a restarted code is written where nothing is kept")
-    model = SpectralTokenizer(config)
-    parametrize.register_parametrization(model, "codebook", codes)
-    return model
-
-
 def simvq(config: TokenizerConfig) -> SpectralTokenizer:
     """SimVQ (Zhu et al., arXiv:2411.02038): random codes that stay, behind a learned linear map that moves them all."""
-    model = _behind(config, _Projected(config.code_dim))
-    model.parametrizations.codebook.original.requires_grad_(False)  # type: ignore[union-attr]
+    if config.dead_codes == "restart":
+        raise ValueError(
+            "dead_codes must be keep for simvq, as a restarted code would be written where nothing is kept"
+        )
+    model = SpectralTokenizer(config)
+    model.codebook.requires_grad_(False)
+    parametrize.register_parametrization(model, "codebook", _Projected(config.code_dim))
     return model
 
 
@@ -180,11 +176,6 @@ class _Times(nn.Module):
     def right_inverse(self, value: Tensor) -> Tensor:
         """What is kept of a value."""
         return value / self.factor
-
-
-def fast_codes(config: TokenizerConfig) -> SpectralTokenizer:
-    """Codes with five times the learning rate of the rest; in the norm that is clipped they count as much more."""
-    return _behind(config, _Times(5.0))
 
 
 def fast_queries(config: TokenizerConfig) -> SpectralTokenizer:

@@ -29,9 +29,8 @@ def test_a_run_is_inspected_over_its_steps(bench: Bench, tmp_path: Path, capsys:
     saved = bench.trainer("tokenizer", run, steps=6, validate_every=2, task=validation).run()
     assert main(["inspect", "tokenizer", str(saved), shards, "--log", str(run), "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == (
-        "n below codes bits drop shuffle band drop band shuffle spread distance d query d code energy rebuilt error".split()
-    )
+    heads = "n below codes bits drop shuffle band drop band shuffle spread distance d query d code energy rebuilt error"
+    assert lines[0].split() == heads.split()
     assert [line.split()[:2] for line in lines[1:5]] == [["1", "1"], ["2", "2"], ["3", "4"], ["4", "16"]]
     assert "PSNR of 10 images: n=1 " in lines[5] and lines[6] == str(out)
     with Image.open(out) as picture:
