@@ -6,6 +6,7 @@ This is the one place that knows all rooms, so it names the functions of the tra
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,12 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"spectralar {spectralar.__version__}")
         return 0
     name = next((n for n in COMMANDS if n.split() == arguments[: len(n.split())]), None)
+    if arguments[1:] in (["-h"], ["--help"]) and any(n.startswith(f"{arguments[0]} ") for n in COMMANDS):
+        _overview(Console(), group=arguments[0])
+        return 0
     if name is None:
         _error(f"no command {' '.join(arguments[:2])!r}; see spectralar --help")
         return 2
     rest = arguments[len(name.split()) :]
     try:
         _run(_resolve(COMMANDS[name][0]), rest, f"spectralar {name}")
+    except BrokenPipeError:
+        # Who reads, `head` perhaps, has seen enough; what is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if "--traceback" in arguments:
             raise
@@ -96,11 +104,13 @@ def _error(message: str) -> None:
     Console(stderr=True).print(f"[red]error[/]: {escape(message)}", highlight=False, soft_wrap=True)
 
 
-def _overview(console: Console) -> None:
+def _overview(console: Console, group: str = "") -> None:
+    """All commands, or those of one group, such as `train`."""
     console.print(f"[bold]spectralar {spectralar.__version__}[/]: images as ordered spectral tokens, and new images")
     table = Table(box=None, padding=(0, 2), show_header=False)
     for name, (_, text) in COMMANDS.items():
-        table.add_row(f"spectralar [bold]{name}[/]", text)
+        if group in ("", name.split()[0]):
+            table.add_row(f"spectralar [bold]{name}[/]", text)
     console.print(table)
     console.print("Every command explains itself with --help; --traceback shows where an error comes from.")
 

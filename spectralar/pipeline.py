@@ -11,7 +11,7 @@ from spectralar.generator import SpectralGenerator
 from spectralar.sampling import BackendName, Sampler, WeightFormat
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.weights import EMBEDDED
-from spectralar.weights.pretrained import resolve
+from spectralar.weights.pretrained import CONFIG_FILE, WeightsError, resolve
 
 
 class SpectralAR(Sampler):
@@ -45,16 +45,21 @@ class SpectralAR(Sampler):
         Args:
             source: a directory, or the id of a Hugging Face Hub repository (`user/name`).
             revision: branch, tag or commit of the repository.
-            device: where the weights go.
+            device: where the weights go; `auto` is the GPU where there is one.
             dtype: dtype of the weights.
             backend: see `Sampler`.
             weights: see `Sampler`; "fp8" keeps those that sampling reads in eight bits.
 
         Raises:
             WeightsError: see `Pretrained.from_pretrained`.
-            ValueError: see `Sampler`.
+            ValueError: see `Sampler`; or a GPU is named that is not there.
         """
         folder = resolve(source, revision=revision)
+        if (folder / CONFIG_FILE).exists():
+            raise WeightsError(
+                f"{folder} is a tokenizer, a generator or a training run; a model is a folder with tokenizer/ and "
+                "generator/, as `spectralar train generator --tokenizer` and `SpectralAR.save_pretrained` write it"
+            )
         tokenizer = SpectralTokenizer.from_pretrained(folder, subfolder="tokenizer", device=device, dtype=dtype)
         generator = SpectralGenerator.from_pretrained(folder, subfolder="generator", device=device, dtype=dtype)
         return cls(tokenizer, generator, backend=backend, weights=weights)

@@ -17,8 +17,10 @@ from tyro.conf import Positional
 
 from spectralar.config import load_yaml
 from spectralar.devices import Precision, auto_device
+from spectralar.generator import SpectralGenerator
 from spectralar.images import psnr, to_float
 from spectralar.pictures import prefix_strip
+from spectralar.pipeline import SpectralAR
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.training.data import Crop, LoaderConfig, apply_crop, decode_image
 from spectralar.training.data.images import CropKind
@@ -145,9 +147,14 @@ def train_generator_command(arguments: list[str], program: str) -> None:
     On the 8 GPUs of one machine: torchrun --nproc-per-node 8 -m spectralar.cli train generator ...
 
     The batch is that of all GPUs together. A job that was killed goes on with --resume, on as many GPUs or others.
+    With a tokenizer, the two together are written as a model, which `spectralar sample --model` draws from.
     """
     run, resume = _parse(GeneratorRun, GENERATOR_RUNS, "emoji", arguments, program, train_generator_command)
-    _tell("generator", train_generator(run, resume=resume))
+    final = train_generator(run, resume=resume)
+    _tell("generator", final)
+    if run.tokenizer and _first():
+        model = SpectralAR(SpectralTokenizer.from_pretrained(run.tokenizer), SpectralGenerator.from_pretrained(final))
+        _tell("model", model.save_pretrained(final.parent / "model"))
 
 
 for _command in (train_tokenizer_command, train_generator_command):
@@ -163,8 +170,13 @@ def load_tokenizer(source: str, device: torch.device) -> SpectralTokenizer:
 
 def _tell(what: str, folder: Path) -> None:
     """Says where the result is, once for all ranks of torchrun."""
-    if os.environ.get("RANK", "0") == "0":
+    if _first():
         print(f"{what}: {folder}")
+
+
+def _first() -> bool:
+    """Whether this is the first rank of torchrun, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _read(path: Path, crop: Crop) -> torch.Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spectralar.config import from_dict, to_dict
+from spectralar.devices import auto_device
 
 Config = TypeVar("Config")
 
@@ -72,10 +73,11 @@ class Pretrained(Generic[Config]):
             source: a directory, or the id of a Hugging Face Hub repository (`user/name`).
             subfolder: folder inside `source`.
             revision: branch, tag or commit of the repository.
-            device: where the weights go.
+            device: where the weights go; `auto` is the GPU where there is one.
             dtype: dtype of the loaded floating weights.
 
         Raises:
+            ValueError: a GPU is named that is not there.
             WeightsError: no such source, a missing file, another model class, an unknown configuration field, missing
                 or extra weights, a wrong shape, or a damaged file; the message names it.
         """
@@ -85,7 +87,7 @@ class Pretrained(Generic[Config]):
         model = cls(config)  # type: ignore[call-arg]
         assert isinstance(model, nn.Module)
         load_strict(model, weights, what=str(directory / WEIGHTS_FILE))
-        return model.to(device=device, dtype=dtype).eval()
+        return model.to(device=auto_device(device) if isinstance(device, str) else device, dtype=dtype).eval()
 
     @classmethod
     def load_config(cls, directory: Path) -> Config:
@@ -93,6 +95,8 @@ class Pretrained(Generic[Config]):
         path = directory / CONFIG_FILE
         values = read_json(path)
         name = values.pop("model", cls.__name__)
+        if not isinstance(name, str):  # a run's configuration has a model's under this name
+            raise WeightsError(f"{directory} is a training run; what it trained is in {directory / 'final'}")
         if name != cls.__name__:
             raise WeightsError(f"{path} describes a {name}, not a {cls.__name__}")
         try:

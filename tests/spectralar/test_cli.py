@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,22 @@ def test_arguments_come_from_the_command_line_when_none_are_given(
     monkeypatch.setattr("sys.argv", ["spectralar", "--version"])
     assert main() == 0
     assert capsys.readouterr().out.startswith("spectralar ")
+
+
+def test_a_reader_may_leave_early() -> None:
+    program = "import sys; from spectralar.cli import main; sys.exit(main(['train', 'tokenizer', '--help']))"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody:
+        done = subprocess.run([sys.executable, "-c", program], stdout=nobody, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_a_group_names_its_commands(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", option]) == 0
+    shown = capsys.readouterr().out
+    assert "train tokenizer" in shown and "train generator" in shown and "bench" not in shown
 
 
 @pytest.mark.parametrize("arguments", [["paint"], ["train"], ["train", "model"], ["[bold]x[/red]"], ["--verbose"]])

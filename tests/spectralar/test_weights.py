@@ -101,6 +101,25 @@ def test_another_model_class_is_refused(generator: SpectralGenerator, tmp_path: 
         SpectralTokenizer.from_pretrained(tmp_path)
 
 
+def test_what_is_no_model_says_what_it_is(generator: SpectralGenerator, tmp_path: Path) -> None:
+    generator.save_pretrained(tmp_path / "alone")
+    message = f"{tmp_path / 'alone'} is a tokenizer, a generator or a training run; a model is a folder with"
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        SpectralAR.from_pretrained(tmp_path / "alone")
+    (tmp_path / "config.json").write_text('{"model": {"tokens": 64}, "loop": {}}', encoding="utf-8")
+    message = f"{tmp_path} is a training run; what it trained is in {tmp_path / 'final'}"
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        SpectralTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(model: SpectralAR, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="device is cuda, but PyTorch sees no GPU; use auto or cpu"):
+        SpectralAR.from_pretrained(tmp_path, device="cuda")
+    assert SpectralAR.from_pretrained(tmp_path, device="auto").tokenizer.device.type == "cpu"
+
+
 def edit_config(path: Path, **changes: Any) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**values, **changes}), encoding="utf-8")

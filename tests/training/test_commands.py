@@ -13,6 +13,7 @@ from PIL import Image
 from spectralar.cli import main
 from spectralar.generator import SpectralGenerator
 from spectralar.images import psnr, to_float
+from spectralar.pipeline import SpectralAR
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.training.checkpoint import checkpoints
 from spectralar.training.data import Crop, TokenStore, apply_crop, decode_image
@@ -174,7 +175,9 @@ def test_train_generator(saved: Path, photo_shards: Path, tmp_path: Path, capsys
     call = ["--preset", "demo-cpu", "--config", "generator.yaml", "--tokenizer", str(saved), *options]
     capsys.readouterr()
     assert main(["train", "generator", *call]) == 0
-    assert capsys.readouterr().out == "generator: run/final\n"
+    assert capsys.readouterr().out == "generator: run/final\nmodel: run/model\n"
+    model = SpectralAR.from_pretrained("run/model")
+    assert model.generate([1], seeds=[0]).shape == (1, 3, 16, 16) and model.class_names == ("dusk", "noon")
     config = SpectralGenerator.from_pretrained("run/final").config
     assert config.class_names == ("dusk", "noon") and config.depth == 1
     assert Path("run/pictures/step-00000002.png").exists()

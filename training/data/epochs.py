@@ -54,7 +54,10 @@ class EpochOrder:
         if seed < 0:
             raise ValueError(f"seed must not be negative, not {seed}")
         if samples < batch * world:
-            raise ValueError(f"the set has {samples} samples, less than one global batch of {batch} x {world} ranks")
+            raise ValueError(
+                f"the set has {samples} samples, less than one global batch of {batch} x {world} ranks; "
+                f"batch may be at most {samples // world * world}, of all ranks together"
+            )
         self.samples, self.batch, self.seed, self.shuffle = samples, batch, seed, shuffle
         self.rank, self.world = rank, world
         self.steps_per_epoch = samples // (batch * world)

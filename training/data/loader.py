@@ -19,7 +19,7 @@ from spectralar.training.data.epochs import EpochOrder, Position, check_share, r
 from spectralar.training.data.images import Crop, ImageError, decode_image, draw, prepare
 from spectralar.training.data.shard_set import ShardSet
 from spectralar.training.data.unreadable import Reasons, Unreadable, first_readable, most_unreadable, too_many
-from spectralar.training.data.workers import Answer, Batch, Request, Requests, answers
+from spectralar.training.data.workers import Answer, Batch, Request, Requests, answers, processors
 
 LoaderBackend = Literal["auto", "dali", "pillow"]
 
@@ -35,7 +35,8 @@ class LoaderConfig:
         batch: images per rank and step; in a `TokenizerRun`, of all ranks together.
         crop: square and augmentation.
         seed: seed of order and augmentation, not negative.
-        workers: processes that read and, unless DALI does, decode; 0 does so in the training process.
+        workers: processes that read and, unless DALI does, decode, but no more than this rank has processors; 0 does so
+            in the training process.
         shuffle: False keeps every epoch in the order of the shards.
         cache: keep all decoded and resized images in memory, shared by the workers, so that an epoch costs only crops.
             Pillow decodes them.
@@ -273,17 +274,18 @@ def _batches(
     tells: bool,
 ) -> tuple[Literal["dali", "pillow"], Iterable[Answer]]:
     backend, reason = choose_backend(config, device)
+    workers = min(config.workers, processors())
     if tells:
         missing = device.type == "cuda" and config.backend == "auto" and backend == "pillow" and not config.cache
         _log.log(logging.WARNING if missing else logging.INFO, "images are decoded by %s: %s", backend, reason)
     if backend == "pillow":
         images = _Images(shards, config.crop, config.seed, config.cache, most)
-        return backend, answers(images, requests, config.workers, persistent=persistent, pinned=True)
+        return backend, answers(images, requests, workers, persistent=persistent, pinned=True)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     encoded = EncodedImages(shards, config.crop, config.seed, most)
     return backend, DaliBatches(
-        answers(encoded, requests, config.workers, persistent=persistent, pinned=False),
+        answers(encoded, requests, workers, persistent=persistent, pinned=False),
         encoded,
         batch=config.batch,
         device=device,

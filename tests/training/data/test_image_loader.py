@@ -116,6 +116,13 @@ def test_the_global_random_state_is_left_alone(numbered_dir):
     assert random.getstate() == before_python
 
 
+def test_no_more_workers_than_processors(numbered_dir, monkeypatch):
+    monkeypatch.setattr("spectralar.training.data.loader.processors", lambda: 2)
+    source = loader(numbered_dir, workers=5)
+    take(source, 1)
+    assert len(source._batches._iterator._workers) == 2
+
+
 def test_workers_persist_across_epochs_and_resume(numbered_dir):
     source = loader(numbered_dir, workers=2)
     take(source, 1)
