@@ -17,6 +17,7 @@ from spectralar.bench.inputs import Draw, drawn_cutoffs, photographs
 from spectralar.bench.peers import dct as others
 from spectralar.kernels import dct
 from spectralar.kernels.dct import reference
+from spectralar.training.tokenizer import TokenizerLossConfig
 
 Precision = Literal["pixel", "exact"]
 
@@ -164,8 +165,8 @@ class LossCase(PictureCase):
         """1 at the highest frequencies, 1 / 17 at the lowest of 128 pixels: no error grows in the root mean square."""
         if not self.weighted:
             return None
-        frequency = torch.arange(self.size, dtype=torch.float32, device=device)
-        weights = 1 + torch.maximum(frequency[:, None], frequency) / 8
+        weights = TokenizerLossConfig(emphasis=1.0).frequency_weights(self.size, device)
+        assert weights is not None
         return weights / weights.amax()
 
     def workload(self, device: torch.device) -> Workload:

@@ -25,7 +25,6 @@ from spectralar.tokenizer import SpectralTokenizer
 from spectralar.training.data import Crop, LoaderConfig, apply_crop, decode_image
 from spectralar.training.data.images import CropKind
 from spectralar.training.data.loader import LoaderBackend
-from spectralar.training.data.workers import processors
 from spectralar.training.distributed import join_ranks
 from spectralar.training.evaluation.reconstruction import default_lengths
 from spectralar.training.presets import GENERATOR_RUNS, TOKENIZER_RUNS
@@ -35,9 +34,6 @@ from spectralar.weights import EMBEDDED
 from spectralar.weights.pretrained import CONFIG_FILE, resolve
 
 Run = TypeVar("Run")
-
-# More bring nothing: this many feed DALI on an idle GPU.
-_MOST_WORKERS = 8
 
 
 def reconstruct(
@@ -89,7 +85,7 @@ def tokenize_command(
     scale: tuple[float, float] = (0.25, 1.0),
     flip: bool = False,
     batch: int = 256,
-    workers: int | None = None,
+    workers: int = 8,
     backend: LoaderBackend = "auto",
     precision: Precision = "auto",
     seed: int = 0,
@@ -111,8 +107,8 @@ def tokenize_command(
         scale: least and greatest share of the area for random-resized.
         flip: mirror half of the crops.
         batch: pictures per forward pass.
-        workers: processes that read and, unless DALI does, decode; one for each processor that this rank may use, up
-            to 8, unless given.
+        workers: processes that read and, unless DALI does, decode, but no more than this rank has processors; more than
+            8 bring nothing, as so many feed DALI on an idle GPU.
         backend: dali decodes on the GPU, pillow in the workers; auto is dali on a GPU where it is installed.
         precision: of the encoder, bf16 or fp32; auto is bf16 on a GPU, as in training.
         seed: seed of the crops.
@@ -122,8 +118,6 @@ def tokenize_command(
     with join_ranks(device, timeout=datetime.timedelta(days=7)) as ranks:
         loaded = load_tokenizer(tokenizer, auto_device(device))
         crop = Crop(loaded.config.image_size, kind, resize=resize, scale=scale, flip=flip)
-        if workers is None:
-            workers = min(_MOST_WORKERS, processors())
         data = LoaderConfig(path=str(shards), batch=batch, crop=crop, seed=seed, workers=workers, backend=backend)
         info = tokenize(loaded, data, out, crops=crops, precision=precision, ranks=ranks).info
     if ranks.first:

@@ -82,18 +82,17 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, undecayed: Iterab
     """
     parts = tuple(undecayed)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    codes = [p for name, p in trained if "codebook" in name and config.code_rate != 1]
-    apart = {id(p) for p in codes}
-    plain = [p for name, p in trained if p.dim() < 2 or any(part in name for part in parts)]
-    plain = [p for p in plain if id(p) not in apart]
-    apart |= {id(p) for p in plain}
-    decayed = [p for _, p in trained if id(p) not in apart]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    if codes:
-        groups.append({"params": codes, "weight_decay": 0.0, "rate": config.code_rate})
+    decayed: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay}
+    plain: dict[str, Any] = {"params": [], "weight_decay": 0.0}
+    codes: dict[str, Any] = {"params": [], "weight_decay": 0.0, "rate": config.code_rate}
+    for name, p in trained:
+        if "codebook" in name and config.code_rate != 1:
+            codes["params"].append(p)
+        elif p.dim() < 2 or any(part in name for part in parts):
+            plain["params"].append(p)
+        else:
+            decayed["params"].append(p)
+    groups = [decayed, plain, codes] if codes["params"] else [decayed, plain]
     if any(is_sharded(p) for _, p in trained):
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=trained[0][1].is_cuda)
     elif all(p.is_cuda for _, p in trained):

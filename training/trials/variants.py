@@ -21,6 +21,11 @@ from spectralar.training.tokenizer import TokenizerTask
 Validation = Callable[[], Iterable[Any]]
 
 
+def _need_unit_length(config: TokenizerConfig, what: str) -> None:
+    if not config.normalize_codes:
+        raise ValueError(f"normalize_codes must be true for {what}")
+
+
 class RotatedTokenizer(SpectralTokenizer):
     """The rotation trick (Fifty et al., arXiv:2410.06424) in place of the straight-through gradient.
 
@@ -29,8 +34,7 @@ class RotatedTokenizer(SpectralTokenizer):
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
-        if not config.normalize_codes:
-            raise ValueError("normalize_codes must be true for the rotation trick")
+        _need_unit_length(config, "the rotation trick")
         super().__init__(config)
 
     def quantize(self, latents: Tensor) -> VectorQuantized:
@@ -78,8 +82,7 @@ class MovingAverageTokenizer(SpectralTokenizer):
     sums: Tensor
 
     def __init__(self, config: TokenizerConfig) -> None:
-        if not config.normalize_codes:
-            raise ValueError("normalize_codes must be true for moving averages")
+        _need_unit_length(config, "moving averages")
         super().__init__(config)
         self.codebook.requires_grad_(False)
         self.register_buffer("sums", self.codebook.detach().clone())
@@ -146,8 +149,7 @@ class LatentStartTokenizer(SpectralTokenizer):
     begun: Tensor
 
     def __init__(self, config: TokenizerConfig) -> None:
-        if not config.normalize_codes:
-            raise ValueError("normalize_codes must be true for codes that begin as latents")
+        _need_unit_length(config, "codes that begin as latents")
         super().__init__(config)
         self.register_buffer("begun", torch.zeros((), dtype=torch.bool))
 

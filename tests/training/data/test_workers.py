@@ -14,6 +14,8 @@ import pytest
 
 from spectralar.training.data.workers import answers, processors
 
+# What every program here begins with.
+IMPORTS = "from tests.training.data.test_workers import REQUESTS, Large, answers\n"
 REQUESTS = [(0, np.arange(4)) for _ in range(100)]
 
 
@@ -40,16 +42,21 @@ def running(process: int) -> bool:
         return False
 
 
+def run(program: str) -> tuple[int, str, str]:
+    """Exit status, output and complaints of a program in an interpreter of its own."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS + program], capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_workers_end_when_the_training_process_is_killed():
     program = (
         "import time\n"
-        "from tests.training.data.test_workers import REQUESTS, Large, answers\n"
         "stream = iter(answers(Large(), REQUESTS, 4, persistent=True, pinned=False))\n"
         "print(*[worker.pid for worker in stream._workers], flush=True)\n"
         "time.sleep(600)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", IMPORTS + program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         workers = [int(word) for word in process.stdout.readline().split()]
         time.sleep(0.5)  # they stand before a full pipe
@@ -65,8 +72,7 @@ def test_workers_end_when_the_training_process_is_killed():
 def test_sigterm_is_for_the_training_process_alone():
     """A cluster sends it to every process; what is left at the end of the interpreter is ended by its own."""
     program = (
-        "import os, signal, subprocess\n"
-        "from tests.training.data.test_workers import REQUESTS, Large, answers\n"
+        "import subprocess\n"
         "stream = iter(answers(Large(), REQUESTS, 2, persistent=False, pinned=False))\n"
         "next(stream), next(stream)  # of both workers, which have begun\n"
         "for worker in stream._workers:\n"
@@ -75,14 +81,12 @@ def test_sigterm_is_for_the_training_process_alone():
         "stream = iter(answers(Large(), REQUESTS, 2, persistent=False, pinned=False))\n"
         "next(stream)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "98\n", "")
+    assert run(program) == (0, "98\n", "")
 
 
 def test_workers_of_a_loader_that_is_still_held_end_first_when_the_interpreter_ends():
     program = (
         "import atexit, multiprocessing, time\n"
-        "from tests.training.data.test_workers import REQUESTS, Large, answers\n"
         "atexit.register(lambda: print(len(multiprocessing.active_children()), time.monotonic() - ended < 4))\n"
         "held = answers(Large(), REQUESTS, 2, persistent=True, pinned=True)\n"
         "for _ in range(2):\n"
@@ -90,8 +94,7 @@ def test_workers_of_a_loader_that_is_still_held_end_first_when_the_interpreter_e
         "    next(stream)\n"
         "ended = time.monotonic()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "0 True\n", "")
+    assert run(program) == (0, "0 True\n", "")
 
 
 def test_a_worker_has_streams_of_its_own(monkeypatch):
