@@ -15,6 +15,10 @@ class DirectPixelHead(nn.Module):
 
     The convolution starts as the identity, so that the first pictures are the linear map's. Computed in fp32 (fp64
     for fp64) also under autocast and with bf16 weights: bf16 pixels would be a whole 8-bit step wrong near white.
+
+    Libraries have no fast convolution of three channels, and there are far more pixels than weights. So the linear map
+    is convolved instead of the picture: it then gives patches with a margin of one pixel, and where these overlap they
+    are added up.
     """
 
     def __init__(self, width: int, patch_size: int) -> None:
@@ -30,18 +34,15 @@ class DirectPixelHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:  # [B, G, G, W]
         with torch.autocast(features.device.type, enabled=False):
             dtype = torch.promote_types(features.dtype, torch.float32)
-            patches = F.linear(features.to(dtype), *_parameters(self.to_patch, dtype))  # [B, G, G, p * p * 3]
-            batch, grid = patches.shape[:2]
-            p = self.patch_size
-            pixels = patches.view(batch, grid, grid, p, p, 3).permute(0, 5, 1, 3, 2, 4)
-            pixels = pixels.reshape(batch, 3, grid * p, grid * p)
-            # The layers work on [-1, 1].
-            return (F.conv2d(pixels, *_parameters(self.smooth, dtype), padding=1) + 1) / 2
-
-
-def _parameters(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    assert layer.bias is not None
-    return layer.weight.to(dtype), layer.bias.to(dtype)
+            weight, bias = (x.to(dtype) for x in (self.to_patch.weight, self.to_patch.bias))
+            kernel, offset = (x.to(dtype) for x in (self.smooth.weight, self.smooth.bias))
+            p, side = self.patch_size, self.patch_size * features.shape[1]
+            # The layers work on [-1, 1], hence the halves.
+            maps = torch.cat([weight, bias[:, None]], dim=1).view(p, p, 3, -1).permute(3, 2, 0, 1)  # [W + 1, 3, p, p]
+            maps = F.conv2d(maps, kernel / 2, padding=2).flatten(1)  # [W + 1, 3 * (p + 2) ** 2]
+            patches = F.linear(features.to(dtype), maps[:-1].T, maps[-1]).flatten(1, 2)
+            pixels = F.fold(patches.transpose(1, 2), side, p + 2, padding=1, stride=p)  # [B, 3, S, S]
+            return pixels + (offset / 2 + 0.5)[:, None, None]
 
 
 class ProxyCodeHead(nn.Module):

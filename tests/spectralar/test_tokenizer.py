@@ -131,6 +131,23 @@ def test_the_pixel_head_puts_every_patch_in_its_place() -> None:
         assert torch.allclose(pixels[:, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2], patch, atol=1e-6)
 
 
+@pytest.mark.parametrize(("patch", "grid"), [(2, 3), (4, 1), (1, 4)])
+def test_the_pixel_head_is_a_linear_map_and_a_convolution(patch: int, grid: int) -> None:
+    """Pixels and all gradients, also where the convolution looks into other patches and over the border."""
+    torch.manual_seed(0)
+    head = DirectPixelHead(5, patch).double()
+    features = torch.randn(2, grid, grid, 5, dtype=torch.float64, requires_grad=True)
+    patches = head.to_patch(features).view(2, grid, grid, patch, patch, 3).permute(0, 5, 1, 3, 2, 4)
+    expected = (head.smooth(patches.reshape(2, 3, grid * patch, grid * patch)) + 1) / 2
+    pixels = head(features)
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-14)
+    learned, direction = [features, *head.parameters()], torch.randn_like(pixels)
+    for got, right in zip(
+        torch.autograd.grad(pixels, learned, direction), torch.autograd.grad(expected, learned, direction), strict=True
+    ):
+        torch.testing.assert_close(got, right, rtol=0, atol=1e-13)
+
+
 def test_the_proxy_code_head_mixes_codes_and_decodes_them() -> None:
     torch.manual_seed(0)
     head = ProxyCodeHead(6, 32).double().eval()
