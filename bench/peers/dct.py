@@ -10,7 +10,7 @@ import importlib
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import Literal, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 import torch
 from torch import Tensor
@@ -93,6 +93,23 @@ def setup_two_matmuls(size: int, device: torch.device, arithmetic: Arithmetic, *
         return matrix @ images @ matrix.T
 
     return _finish(transform, arithmetic, compiled)
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x`, whose gradient becomes `factor` times as large."""
+    scaled: Tensor = _ScaleGradient.apply(x, factor)
+    return scaled
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.factor * gradients[0], None
 
 
 def setup_torch_dct2() -> Transform | Missing:

@@ -35,7 +35,8 @@ class DirectPixelHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             dtype = torch.promote_types(features.dtype, torch.float32)
             weight, bias = (x.to(dtype) for x in (self.to_patch.weight, self.to_patch.bias))
-            kernel, offset = (x.to(dtype) for x in (self.smooth.weight, self.smooth.bias))
+            assert self.smooth.bias is not None
+            kernel, offset = self.smooth.weight.to(dtype), self.smooth.bias.to(dtype)
             p, side = self.patch_size, self.patch_size * features.shape[1]
             # The layers work on [-1, 1], hence the halves.
             maps = torch.cat([weight, bias[:, None]], dim=1).view(p, p, 3, -1).permute(3, 2, 0, 1)  # [W + 1, 3, p, p]

@@ -303,7 +303,7 @@ def test_embedded_codes_begin_as_loud_as_positions() -> None:
 
 def test_the_preset_is_what_its_trial_says() -> None:
     preset = TOKENIZER_RUNS["emoji"]
-    assert override(preset, {**PLAIN, **TRIALS["preset"].changes}) == preset
+    assert override(preset, {**PLAIN, **TRIALS["bet-loose-emphasis-lr-half"].changes}) == preset
 
 
 def test_codes_behind_a_map_cannot_restart() -> None:
