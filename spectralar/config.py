@@ -249,12 +249,12 @@ class TokenizerConfig:
         return 1 + self.patches + self.tokens
 
     def flops(self) -> int:
-        """Forward FLOPs of one image through encoder and decoder (blocks, patch embedding and pixel head)."""
+        """Forward FLOPs of one image through encoder and decoder (blocks, patch embedding, linear map to pixels)."""
         patch_embed = 2 * self.patches * 3 * self.patch_size**2 * self.encoder.width
         return self.encoder.flops(self.length) + patch_embed + self.decode_flops()
 
     def decode_flops(self) -> int:
-        """Forward FLOPs of the decoder for all tokens of one image: blocks and pixel head."""
+        """Forward FLOPs of the decoder for all tokens of one image: blocks and pixel head, without `smooth`."""
         width = self.decoder.width
         if self.pixel_head == "direct":
             head = 2 * self.patches * 3 * self.patch_size**2 * width

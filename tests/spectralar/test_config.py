@@ -307,7 +307,8 @@ def test_the_tokenizer_s_flops_are_those_of_its_matrix_products() -> None:
     model = SpectralTokenizer(config).eval().requires_grad_(False)
     counted = counted_flops(lambda: model.decoder(torch.zeros(1, 8, 1)))
     counted += counted_flops(lambda: model.encoder(torch.zeros(1, 3, 32, 32)))
-    ends = 2 * (2 * 8 * 1 * 64) + 2 * 32 * 32 * 3 * 3 * 9  # to_latent, from_code and the last convolution are left out
+    # Left out: to_latent, from_code, the margins of 16 patches, the last convolution, which is that of 65 maps.
+    ends = 2 * (2 * 8 * 1 * 64) + 2 * 16 * 64 * 3 * (10**2 - 8**2) + 65 * 2 * 3 * 3 * 9 * 10**2
     assert counted == config.flops() + ends
 
 
