@@ -49,8 +49,8 @@ def split_by_kernel(call: Callable[[], object], device: torch.device) -> tuple[P
 
 
 def short_name(name: str) -> str:
-    """A kernel's name without return type, arguments and the parameters of its templates."""
-    plain = name.removeprefix("void ")
+    """A kernel's name without return type, arguments, the parameters of its templates and nameless namespaces."""
+    plain = name.removeprefix("void ").replace("(anonymous namespace)::", "")
     while (inner := re.sub(r"<[^<>]*>", "", plain)) != plain:
         plain = inner
     return re.sub(r"\(.*$", "", plain).strip()[:_LONGEST_NAME] or name[:_LONGEST_NAME]

@@ -19,7 +19,7 @@ _TINY = VIT_SIZES["tiny"]
 # Departures from the paper, here and in the models, give every token something to say where sets are small and minutes
 # few; docs/tokens.md has what was measured. With pixel weight 1 the commitment loss pulls every token that matters
 # little for the error to a constant code; two prefixes of an image, a quarter of all whole, show late tokens more
-# images; high frequencies that weigh more, as `emoji` has them, give them more to do, but held `photos` back.
+# images; high frequencies that weigh more, as `emoji` has them, give them more to do, but hold photographs back.
 _LOSS = TokenizerLossConfig(pixel=15.0, prefixes=PrefixConfig(per_image=2, full=0.25))
 
 TOKENIZER_RUNS: dict[str, TokenizerRun] = {

@@ -62,8 +62,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] in [0, 1]
         patches = self._embed_patches(2 * images.to(self.patch_embed.weight.dtype) - 1)
         queries = self.queries.expand(len(images), -1, -1)
-        _, latents = self.vit(patches, queries)
-        return self.latent_norm(self.to_latent(self.vit.norm_after(latents)))  # [B, N, D]
+        return self.latent_norm(self.to_latent(self.vit(patches, queries)))  # [B, N, D]
 
     def _embed_patches(self, images: Tensor) -> Tensor:
         """The convolution `patch_embed` as one matrix product: `[B, 3, S, S]` to `[B, P, W]`, patches row by row.
@@ -96,8 +95,7 @@ class Decoder(nn.Module):
         """What the pixel head sees: `[B, n, D]` to `[B, G, G, W]`."""
         spectral = self.from_code(codes.to(self.from_code.weight.dtype)) + self.token_positions[: codes.shape[1]]
         mask_tokens = self.mask_token.expand(len(codes), self.patches, -1)
-        image_rows, _ = self.vit(mask_tokens, spectral, prefix_lengths)
-        return self.vit.norm_after(image_rows).unflatten(1, (self.grid, self.grid))
+        return self.vit(mask_tokens, spectral, prefix_lengths).unflatten(1, (self.grid, self.grid))
 
 
 class SpectralTokenizer(Pretrained[TokenizerConfig], nn.Module):

@@ -36,14 +36,16 @@ class Block(nn.Module):
 
 
 class SpectralViT(nn.Module):
-    """Blocks over `[class, image, spectral]`, normalised before; the caller reads the rows it needs and normalises.
+    """Blocks over `[class, image, spectral]`, normalised before and after.
 
+    The encoder is read at its spectral rows, the decoder at its image rows.
     Owns the class token and the positions of the class and image rows, as both sides of TiTok do.
     """
 
     def __init__(self, config: ViTConfig, patches: int, mask: Mask, role: Role) -> None:
         super().__init__()
         self.n_image = 1 + patches
+        self.read = slice(self.n_image, None) if role == "encoder" else slice(1, self.n_image)
         scale = config.width**-0.5
         self.class_token = nn.Parameter(scale * torch.randn(1, config.width))
         self.positions = nn.Parameter(scale * torch.randn(self.n_image, config.width))
@@ -51,16 +53,14 @@ class SpectralViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, self.n_image, mask, role) for _ in range(config.depth))
         self.norm_after = nn.LayerNorm(config.width)
 
-    def forward(
-        self, image_rows: Tensor, spectral_rows: Tensor, prefix_lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Maps image rows `[B, P, W]` and spectral rows `[B, N, W]` to their outputs, not yet normalised."""
+    def forward(self, image_rows: Tensor, spectral_rows: Tensor, prefix_lengths: Tensor | None = None) -> Tensor:
+        """Image rows `[B, P, W]` and spectral rows `[B, N, W]` to the outputs of those that are read."""
         start = self.class_token.expand(len(image_rows), 1, -1)
         image_rows = torch.cat([start, image_rows], dim=1) + self.positions
         x = self.norm_before(torch.cat([image_rows, spectral_rows], dim=1))  # [B, 1 + P + N, W]
         for block in self.blocks:
             x = block(x, prefix_lengths)
-        return x[:, 1 : self.n_image], x[:, self.n_image :]
+        return self.norm_after(x[:, self.read])
 
 
 def initialize(module: nn.Module) -> None:

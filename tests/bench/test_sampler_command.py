@@ -287,6 +287,7 @@ def test_kernels_of_a_call_are_named_and_counted() -> None:
     [
         ("decode_step_kernel", "decode_step_kernel"),
         ("void at::native::f<at::g<int>, (bool)1>(int, float)", "at::native::f"),
+        ("void at::native::(anonymous namespace)::cat<at::(anonymous namespace)::Four, 3>(int)", "at::native::cat"),
         ("(anonymous)", "(anonymous)"),
     ],
 )

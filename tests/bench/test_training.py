@@ -18,6 +18,7 @@ from spectralar.bench.training_measure import TrainingMeasurement, measure_train
 from spectralar.bench.training_ranks import measure_scaling, scaling_cases
 from spectralar.bench.training_truth import Judge, gradients_of
 from spectralar.kernels.attention import reference
+from spectralar.tokenizer import SpectralTokenizer
 from spectralar.tokenizer.vit import Block
 from spectralar.training.loop import Trainer
 
@@ -44,6 +45,17 @@ def test_operations_are_three_times_those_of_the_products(case: TrainingCase) ->
     # Latents, codes, margins of the pixel head's patches and the sub-images are a few hundredths in tiny models.
     assert 3 * counted.get_total_flops() == pytest.approx(case.flops(), rel=0.15)
     assert case.bytes() == 28 * sum(p.numel() for p in trainer.model.parameters())
+
+
+def test_no_code_hangs_on_rounding() -> None:
+    """Every position of every image has the code that lies near its latents, in bf16 as in fp32."""
+    images, _ = TOKENIZER.inputs(CPU)
+    model = TOKENIZER.model(CPU).requires_grad_(False)
+    assert isinstance(model, SpectralTokenizer)
+    expected = torch.arange(model.config.tokens).expand(len(images), -1)
+    assert torch.equal(model.encode(images), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode(images), expected)
 
 
 def test_targets_come_first_and_names_differ() -> None:

@@ -82,7 +82,7 @@ _ALL = {**_RECIPE, "loss.emphasis": 1.0, "optimizer.lr": 1.2e-3}
 _PRESET = {**_ALL, "loss.prefixes.full": 0.5}
 
 TRIALS: dict[str, Trial] = {
-    "base": Trial("as the embedded model, a little short: Q1 20.9, Q2 0.6, Q3 26, Q4 800; the last seven silent"),
+    "base": Trial("as the first embedded model, a little short: Q1 20.9, Q2 0.6, Q3 26, Q4 800; the last seven silent"),
     "bet": Trial(
         "two prefixes of an image, a quarter of all full, 4096 codes that restart: the last seven seen in 1 of 3 "
         "prefixes instead of 1 of 16, so they wake: Q1 21.3, Q2 1.0, Q3 90, Q4 2000",
@@ -94,7 +94,7 @@ TRIALS: dict[str, Trial] = {
     ),
     "bet-loose": Trial("bet and loose: Q1 0.15 dB over the same with 2048 codes, Q4 2700", _RECIPE),
     "wide": Trial(
-        "27 M instead of 6 M weights: training and validation PSNR of the embedded model are 0.2 dB apart, so it "
+        "27 M instead of 6 M weights: training and validation PSNR of the first embedded model are 0.2 dB apart, so it "
         "underfits: Q1 21.7, Q2 0.9; the last tokens stay silent, Q3 26",
         _WIDE,
     ),
