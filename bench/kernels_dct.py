@@ -207,8 +207,8 @@ class LossCase(PictureCase):
             def in_fp16(p: Tensor, targets: Tensor) -> Tensor:
                 # The gradient of a mean over millions of values lies below fp16's smallest number.
                 difference = others.scale_gradient(p - targets, 1 / self.values)
-                coefficients = others.scale_gradient(halves(difference.half()).float(), self.values)
-                return (weights * coefficients.square()).mean()
+                loss = (weights * halves(difference.half()).float().square()).mean()
+                return others.scale_gradient(loss, self.values)
 
             def exactly(p: Tensor, targets: Tensor) -> Tensor:
                 return (weights * dct.dct2(p - targets).square()).mean()

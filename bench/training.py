@@ -17,6 +17,7 @@ from spectralar.bench.training_truth import Judge, Verdict, gradients_of
 from spectralar.config import GeneratorConfig, TokenizerConfig, ViTConfig, generator_preset
 from spectralar.generator import SpectralGenerator
 from spectralar.generator.model import Block
+from spectralar.images import to_float
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.training.distributed import ALONE, Ranks
 from spectralar.training.generator import GeneratorTask
@@ -25,7 +26,7 @@ from spectralar.training.optimizer import OptimizerConfig
 from spectralar.training.tokenizer import TokenizerLossConfig, TokenizerTask
 
 Kind = Literal["tokenizer", "generator"]
-_TURN = 0.15  # radians from a latent to its code; other codes are half a radian away, and two images' latents 0.17
+_TURN = 0.06  # radians from the mean of a position's latents to its code; they lie 0.1 from it, others' codes 0.5
 
 PLAIN, PLAIN_COMPILED = "plain PyTorch, eager", "plain PyTorch, blocks compiled"
 
@@ -115,10 +116,10 @@ class TrainingCase(Case):
         return replace(self, batch=min(self.batch, 4), size=size, tiny=True, target=None, condition=None)
 
     def model(self, device: torch.device) -> SpectralTokenizer | SpectralGenerator:
-        """Always the same weights, with which nothing can be wrong unseen, and nothing hangs on a hair.
+        """Always the same weights, with which no code hangs on a hair.
 
         The generator's blocks matter from the start. Every token of the tokenizer has a code near its latents: a vector
-        that goes to another code changes gradients more than rounding does, and a fresh encoder gives all images
+        that goes to another code changes gradients more than rounding does, and a fresh encoder gives all pictures
         nearly the same latents, so that they go together.
         """
         config = self.model_config
@@ -127,10 +128,11 @@ class TrainingCase(Case):
             if isinstance(config, TokenizerConfig):
                 tokenizer = SpectralTokenizer(config)
                 with torch.no_grad():
-                    noise = torch.rand(1, 3, config.image_size, config.image_size)
-                    latents = F.normalize(tokenizer.encoder(noise)[0], dim=-1)
+                    latents = F.normalize(tokenizer.encoder(to_float(self.inputs(device)[0][:8])), dim=-1)
+                    latents = F.normalize(latents.mean(0), dim=-1)
                     turned = latents + _TURN * F.normalize(torch.randn_like(latents), dim=-1)
-                    tokenizer.codebook[: config.tokens] = F.normalize(turned, dim=-1)
+                    places = torch.randperm(config.codebook_size)[: len(turned)]
+                    tokenizer.codebook[places] = F.normalize(turned, dim=-1)
                 return tokenizer
             generator = SpectralGenerator(config)
             with torch.no_grad():

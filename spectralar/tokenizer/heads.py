@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,9 +18,9 @@ class DirectPixelHead(nn.Module):
     The convolution starts as the identity, so that the first pictures are the linear map's. Computed in fp32 (fp64
     for fp64) also under autocast and with bf16 weights: bf16 pixels would be a whole 8-bit step wrong near white.
 
-    Libraries have no fast convolution of three channels, and there are far more pixels than weights. So the linear map
-    is convolved instead of the picture: it then gives patches with a margin of one pixel, and where these overlap they
-    are added up.
+    Libraries have no fast convolution of three channels, and a batch has far more pixels than weights. So the linear
+    map is convolved instead of the picture: it then gives patches with a margin of one pixel, (1 + 2 / p)^2 times as
+    large, and where these overlap they are added up.
     """
 
     def __init__(self, width: int, patch_size: int) -> None:
@@ -34,16 +36,39 @@ class DirectPixelHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:  # [B, G, G, W]
         with torch.autocast(features.device.type, enabled=False):
             dtype = torch.promote_types(features.dtype, torch.float32)
-            weight, bias = (x.to(dtype) for x in (self.to_patch.weight, self.to_patch.bias))
-            assert self.smooth.bias is not None
-            kernel, offset = self.smooth.weight.to(dtype), self.smooth.bias.to(dtype)
-            p, side = self.patch_size, self.patch_size * features.shape[1]
+            (weight, bias), (kernel, offset) = (_parameters(layer, dtype) for layer in (self.to_patch, self.smooth))
+            p = self.patch_size
             # The layers work on [-1, 1], hence the halves.
             maps = torch.cat([weight, bias[:, None]], dim=1).view(p, p, 3, -1).permute(3, 2, 0, 1)  # [W + 1, 3, p, p]
             maps = F.conv2d(maps, kernel / 2, padding=2).flatten(1)  # [W + 1, 3 * (p + 2) ** 2]
-            patches = F.linear(features.to(dtype), maps[:-1].T, maps[-1]).flatten(1, 2)
-            pixels = F.fold(patches.transpose(1, 2), side, p + 2, padding=1, stride=p)  # [B, 3, S, S]
+            patches = F.linear(features.to(dtype), maps[:-1].T, maps[-1])  # [B, G, G, 3 * (p + 2) ** 2]
+            pixels: Tensor = _Overlap.apply(patches, p)  # [B, 3, S, S]
             return pixels + (offset / 2 + 0.5)[:, None, None]
+
+
+def _parameters(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    assert layer.bias is not None
+    return layer.weight.to(dtype), layer.bias.to(dtype)
+
+
+class _Overlap(torch.autograd.Function):
+    """Patches of p + 2 pixels a side `[B, G, G, 3 * (p + 2) ** 2]`, one every p pixels, added up to `[B, 3, S, S]`.
+
+    The gradient is what every patch covers, in one copy: that of `F.fold` is a small kernel for every image on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, patches: Tensor, p: int) -> Tensor:
+        ctx.p = p
+        return F.fold(patches.flatten(1, 2).transpose(1, 2), patches.shape[1] * p, p + 2, padding=1, stride=p)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        p = ctx.p
+        covered = (
+            F.pad(gradients[0], (1, 1, 1, 1)).unfold(2, p + 2, p).unfold(3, p + 2, p)
+        )  # [B, 3, G, G, p + 2, p + 2]
+        return covered.permute(0, 2, 3, 1, 4, 5).flatten(3), None
 
 
 class ProxyCodeHead(nn.Module):
