@@ -26,7 +26,7 @@ from spectralar.training.optimizer import OptimizerConfig
 from spectralar.training.tokenizer import TokenizerLossConfig, TokenizerTask
 
 Kind = Literal["tokenizer", "generator"]
-_TURN = 0.06  # radians from the mean of a position's latents to its code; they lie 0.1 from it, others' codes 0.5
+_TURN = 0.15  # radians from the mean of a position's latents to its code; they lie 0.1 from it, other codes 0.5
 
 PLAIN, PLAIN_COMPILED = "plain PyTorch, eager", "plain PyTorch, blocks compiled"
 
