@@ -26,7 +26,9 @@ from spectralar.training.optimizer import OptimizerConfig
 from spectralar.training.tokenizer import TokenizerLossConfig, TokenizerTask
 
 Kind = Literal["tokenizer", "generator"]
-_TURN = 0.15  # radians from the mean of a position's latents to its code; they lie 0.1 from it, other codes 0.5
+# Radians from the mean of a position's latents to its code. On 24 pictures at full size a latent is 0.18 from its code,
+# 0.014 nearer at least than from the next, and moves by 0.01 in bf16; one of 1,536 has another position's code.
+_TURN = 0.15
 
 PLAIN, PLAIN_COMPILED = "plain PyTorch, eager", "plain PyTorch, blocks compiled"
 
@@ -116,7 +118,7 @@ class TrainingCase(Case):
         return replace(self, batch=min(self.batch, 4), size=size, tiny=True, target=None, condition=None)
 
     def model(self, device: torch.device) -> SpectralTokenizer | SpectralGenerator:
-        """Always the same weights, with which no code hangs on a hair.
+        """Always the same weights, with which hardly a code depends on rounding.
 
         The generator's blocks matter from the start. Every token of the tokenizer has a code near its latents: a vector
         that goes to another code changes gradients more than rounding does, and a fresh encoder gives all pictures

@@ -65,9 +65,8 @@ class _Overlap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         p = ctx.p
-        covered = (
-            F.pad(gradients[0], (1, 1, 1, 1)).unfold(2, p + 2, p).unfold(3, p + 2, p)
-        )  # [B, 3, G, G, p + 2, p + 2]
+        framed = F.pad(gradients[0], (1, 1, 1, 1))
+        covered = framed.unfold(2, p + 2, p).unfold(3, p + 2, p)  # [B, 3, G, G, p + 2, p + 2]
         return covered.permute(0, 2, 3, 1, 4, 5).flatten(3), None
 
 
