@@ -19,8 +19,7 @@ T = TypeVar("T")
 _STEPS = 3
 _SEED = 2
 
-# Rounding explains as much as this even where plain bf16 PyTorch happens to be closer: a single vector that goes to
-# another code can be more.
+# Rounding explains as much as this even where plain bf16 PyTorch happens to be closer.
 _GRADIENT, _LOSS = 0.01, 0.0025
 
 

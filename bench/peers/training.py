@@ -85,9 +85,10 @@ class PlainStep:
 
     def __call__(self, inputs: list[Tensor]) -> Losses:
         self._optimizer.zero_grad(set_to_none=True)
-        with self._precision():
-            losses = self.model(*inputs)
-        losses["loss"].backward()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # fp32 is what others are judged by
+            with self._precision():
+                losses = self.model(*inputs)
+            losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
         self._optimizer.step()
         if self._average is not None:

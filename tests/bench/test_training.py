@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectralar.bench.ceilings import Ceilings
@@ -18,6 +19,7 @@ from spectralar.bench.training_measure import TrainingMeasurement, measure_train
 from spectralar.bench.training_ranks import measure_scaling, scaling_cases
 from spectralar.bench.training_truth import Judge, gradients_of
 from spectralar.kernels.attention import reference
+from spectralar.kernels.vq import VectorQuantized, vector_quantize
 from spectralar.tokenizer import SpectralTokenizer
 from spectralar.tokenizer.vit import Block
 from spectralar.training.loop import Trainer
@@ -26,6 +28,7 @@ from .conftest import CPU, rival, timing
 
 TOKENIZER, GENERATOR = TrainingCase().small(), TrainingCase(kind="generator", size="d16").small()
 BOTH = pytest.mark.parametrize("case", [TOKENIZER, GENERATOR], ids=["tokenizer", "generator"])
+Mistake = Callable[[Trainer], None]
 RATES = Ceilings(copy=1e13, read=1e13, gemm={"bf16": 1e11})
 
 
@@ -48,13 +51,14 @@ def test_operations_are_three_times_those_of_the_products(case: TrainingCase) ->
 
 
 def test_no_code_hangs_on_rounding() -> None:
-    """Every position has a code of its own, the same for all pictures, in bf16 as in fp32."""
+    """Every position has two codes of its own, one for dark and one for bright pictures, in bf16 as in fp32."""
     images, _ = TOKENIZER.inputs(CPU)
     model = TOKENIZER.model(CPU).requires_grad_(False)
     assert isinstance(model, SpectralTokenizer)
     tokens = model.encode(images)
-    assert torch.equal(tokens, tokens[:1].expand_as(tokens))
-    assert len(tokens.unique()) == model.config.tokens
+    dark, bright = tokens.chunk(2)
+    assert all(torch.equal(kind, kind[:1].expand_as(kind)) for kind in (dark, bright))
+    assert len(tokens.unique()) == 2 * model.config.tokens
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.encode(images), tokens)
 
@@ -106,10 +110,47 @@ def test_rounding_passes(case: TrainingCase, judge: Judge) -> None:
     assert judge(plain, plain.gradients).error <= 1
 
 
-def no_mask(trainer: Trainer) -> None:
-    for block in trainer.model.modules():
-        if isinstance(block, Block):
-            block.mask = "none"
+def no_mask(side: str) -> Mistake:
+    def change(trainer: Trainer) -> None:
+        for block in trainer.model.get_submodule(side).modules():
+            if isinstance(block, Block):
+                block.mask = "none"
+
+    return change
+
+
+def one_more_token(trainer: Trainer) -> None:
+    decoder, tokens = trainer.model.get_submodule("decoder"), trainer.model.config.tokens
+    right = decoder.forward
+    decoder.forward = lambda codes, lengths: right(codes, (lengths + 1).clamp(max=tokens))
+
+
+def quantized_by(change: Callable[[SpectralTokenizer, Tensor, VectorQuantized], VectorQuantized]) -> Mistake:
+    def mistake(trainer: Trainer) -> None:
+        model = trainer.model
+        assert isinstance(model, SpectralTokenizer)
+        right = model.quantize
+        model.quantize = lambda latents: change(model, latents, right(latents))  # type: ignore[method-assign]
+
+    return mistake
+
+
+def straight_through(share: float) -> Mistake:
+    """The encoder gets only a share of the decoder's gradient."""
+
+    def scaled(_: SpectralTokenizer, latents: Tensor, q: VectorQuantized) -> VectorQuantized:
+        return q._replace(quantized=share * q.quantized + (1 - share) * q.quantized.detach())
+
+    return quantized_by(scaled)
+
+
+def codes_of_the_first(_: SpectralTokenizer, latents: Tensor, q: VectorQuantized) -> VectorQuantized:
+    return q._replace(quantized=q.quantized + (q.quantized[:1] - q.quantized).detach())
+
+
+def searched_in_part(model: SpectralTokenizer, latents: Tensor, _: VectorQuantized) -> VectorQuantized:
+    half = model.codebook[: model.config.codebook_size // 2]
+    return vector_quantize(latents, half, commitment=model.config.commitment)
 
 
 def no_update(trainer: Trainer) -> None:
@@ -119,12 +160,18 @@ def no_update(trainer: Trainer) -> None:
 @pytest.mark.parametrize(
     ("case", "mistake"),
     [
-        pytest.param(TOKENIZER, no_mask, id="no mask"),
+        pytest.param(TOKENIZER, no_mask("encoder"), id="no mask of the encoder"),
+        pytest.param(TOKENIZER, no_mask("decoder"), id="no mask of the decoder"),
+        pytest.param(TOKENIZER, one_more_token, id="a token more than the prefix"),
+        pytest.param(TOKENIZER, straight_through(0), id="no straight-through gradient"),
+        pytest.param(TOKENIZER, straight_through(0.5), id="half the straight-through gradient"),
+        pytest.param(TOKENIZER, quantized_by(codes_of_the_first), id="another picture's codes"),
+        pytest.param(TOKENIZER, quantized_by(searched_in_part), id="half of the codebook searched"),
         pytest.param(TOKENIZER, no_update, id="no update of the tokenizer"),
         pytest.param(GENERATOR, no_update, id="no update of the generator"),
     ],
 )
-def test_mistakes_do_not(case: TrainingCase, judge: Judge, mistake: Callable[[Trainer], None]) -> None:
+def test_mistakes_do_not(case: TrainingCase, judge: Judge, mistake: Mistake) -> None:
     trainer = case.trainer(Settings(), CPU)
     mistake(trainer)
     assert judge(trainer.advance, gradients_of(trainer.model)).error > case.budget
