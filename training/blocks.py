@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spectralar.generator.model import Block as GeneratorBlock
 from spectralar.tokenizer.vit import Block as TokenizerBlock
+from spectralar.tokenizer.vit import SpectralViT
 
 Forward = Callable[..., Tensor]
 
@@ -19,31 +20,41 @@ Forward = Callable[..., Tensor]
 def prepare_blocks(model: nn.Module, *, compiled: bool, checkpointing: bool) -> None:
     """Changes how the transformer blocks of a tokenizer or generator run in training mode; weights keep their names.
 
+    With the tokenizer's blocks go the ends of their stacks, where rows are put together and normalised.
+
     Before the model is divided over ranks (`parallelize`), so that what puts the weights of a block together stays
     outside of what is compiled or computed again. In evaluation mode blocks run as they are: validation and pictures
     come in other sizes, and each would be compiled anew.
 
     Args:
         model: changed in place.
-        compiled: under torch.compile, for static shapes; blocks of one kind share their code.
+        compiled: under torch.compile, for static shapes; parts of one kind share their code.
         checkpointing: keep a block's input only, and compute the block once more in the backward pass (Chen et al.,
             "Training deep nets with sublinear memory cost", 2016).
     """
     if not (compiled or checkpointing):
         return
-    for block in model.modules():
-        if isinstance(block, TokenizerBlock | GeneratorBlock):
-            run: Forward = type(block).forward
+    for part in model.modules():
+        if isinstance(part, TokenizerBlock | GeneratorBlock):
+            run: Forward = type(part).forward
             if compiled:
                 run = _compiled(run)
             if checkpointing:
                 run = functools.partial(_recomputed, run)
-            # A partial object and no closure, so that a copy of the model runs the copy's blocks.
-            block.forward = functools.partial(_forward, run, block)  # type: ignore[method-assign]
+            _in_training(part, "forward", run)
+        elif compiled and isinstance(part, SpectralViT):
+            _in_training(part, "enter", _compiled(SpectralViT.enter))
+            _in_training(part, "leave", _compiled(SpectralViT.leave))
 
 
-def _forward(run: Forward, block: nn.Module, *inputs: Any) -> Tensor:
-    return run(block, *inputs) if block.training else type(block).forward(block, *inputs)
+def _in_training(part: nn.Module, method: str, run: Forward) -> None:
+    """In training mode `part.method` runs `run` from now on."""
+    # A partial object and no closure, so that a copy of the model runs the copy's parts.
+    setattr(part, method, functools.partial(_run, run, getattr(type(part), method), part))
+
+
+def _run(training: Forward, evaluation: Forward, part: nn.Module, *inputs: Any) -> Tensor:
+    return training(part, *inputs) if part.training else evaluation(part, *inputs)
 
 
 def _recomputed(run: Forward, *inputs: Any) -> Tensor:

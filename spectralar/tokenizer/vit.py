@@ -45,7 +45,7 @@ class SpectralViT(nn.Module):
     def __init__(self, config: ViTConfig, patches: int, mask: Mask, role: Role) -> None:
         super().__init__()
         self.n_image = 1 + patches
-        self.read = slice(self.n_image, None) if role == "encoder" else slice(1, self.n_image)
+        self.read_rows = slice(self.n_image, None) if role == "encoder" else slice(1, self.n_image)
         scale = config.width**-0.5
         self.class_token = nn.Parameter(scale * torch.randn(1, config.width))
         self.positions = nn.Parameter(scale * torch.randn(self.n_image, config.width))
@@ -55,12 +55,20 @@ class SpectralViT(nn.Module):
 
     def forward(self, image_rows: Tensor, spectral_rows: Tensor, prefix_lengths: Tensor | None = None) -> Tensor:
         """Image rows `[B, P, W]` and spectral rows `[B, N, W]` to the outputs of those that are read."""
-        start = self.class_token.expand(len(image_rows), 1, -1)
-        image_rows = torch.cat([start, image_rows], dim=1) + self.positions
-        x = self.norm_before(torch.cat([image_rows, spectral_rows], dim=1))  # [B, 1 + P + N, W]
+        x = self.enter(image_rows, spectral_rows)
         for block in self.blocks:
             x = block(x, prefix_lengths)
-        return self.norm_after(x[:, self.read])
+        return self.leave(x)
+
+    def enter(self, image_rows: Tensor, spectral_rows: Tensor) -> Tensor:
+        """What the first block sees, `[B, 1 + P + N, W]`."""
+        start = self.class_token.expand(len(image_rows), 1, -1)
+        image_rows = torch.cat([start, image_rows], dim=1) + self.positions
+        return self.norm_before(torch.cat([image_rows, spectral_rows], dim=1))
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What is read of the last block's output."""
+        return self.norm_after(x[:, self.read_rows])
 
 
 def initialize(module: nn.Module) -> None:
