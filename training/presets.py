@@ -18,9 +18,9 @@ _TINY = VIT_SIZES["tiny"]
 
 # Departures from the paper, here and in the models, give every token something to say where sets are small and minutes
 # few; docs/tokens.md has what was measured. With pixel weight 1 the commitment loss pulls every token that matters
-# little for the error to a constant code; two prefixes of an image, a quarter of all whole, show late tokens more
-# images; high frequencies that weigh more, as `emoji` has them, give them more to do, but hold photographs back.
-_LOSS = TokenizerLossConfig(pixel=15.0, prefixes=PrefixConfig(per_image=2, full=0.25))
+# little for the error to a constant code; two prefixes of an image, half of all whole, show late tokens more images;
+# high frequencies that weigh more, as `emoji` has them, give them more to do, but hold photographs back.
+_LOSS = TokenizerLossConfig(pixel=15.0, prefixes=PrefixConfig(per_image=2, full=0.5))
 
 TOKENIZER_RUNS: dict[str, TokenizerRun] = {
     # TiTok's optimizer over ImageNet; one stage with the direct pixel head, since proxy codes are not implemented yet.
@@ -44,7 +44,7 @@ TOKENIZER_RUNS: dict[str, TokenizerRun] = {
         data=LoaderConfig(
             path="", batch=256, crop=Crop(128, "random-resized", scale=(0.7, 1.0)), workers=14, cache=True
         ),
-        loss=replace(_LOSS, prefixes=PrefixConfig(per_image=2, full=0.5), emphasis=1.0),
+        loss=replace(_LOSS, emphasis=1.0),
         optimizer=OptimizerConfig(lr=1.2e-3, warmup=500),
         loop=LoopConfig(out="runs/emoji/tokenizer", steps=28_000, compile=True, validate_every=4_000, picture_every=0),
     ),

@@ -234,6 +234,11 @@ TRIALS: dict[str, Trial] = {
         "recipe, Q3 + 20",
         {**_PRESET, "model.mask": "strict"},
     ),
+    "preset-from-latents": Trial(
+        "codes begin where latents are, as dead ones restart there anyway: Q1 + 0.1 dB over the preset's recipe",
+        _PRESET,
+        build=LatentStartTokenizer,
+    ),
     "bet-loose-lr-more": Trial(
         "a learning rate of 2.4e-3: beyond the best one, Q1 + 0.1 dB over bet-loose",
         {**_RECIPE, "optimizer.lr": 2.4e-3},
