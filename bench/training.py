@@ -65,7 +65,7 @@ class TrainingCase(Case):
     Attributes:
         kind: what is trained.
         size: of the generator, a preset; the tokenizer's sides are of size base.
-        batch: samples of a step.
+        batch: samples of a step, two or more.
         tiny: models in a size for a CPU.
     """
 
@@ -122,7 +122,7 @@ class TrainingCase(Case):
 
         The generator's blocks matter from the start, and so do the tokenizer's codes to its pictures. No code depends
         on rounding: a vector that goes to another code changes gradients more than rounding does, and a fresh encoder
-        gives all pictures of one kind nearly the same latents, so that they would go together.
+        gives all pictures of a kind nearly the same latents, so all would change their code at once.
         """
         with torch.random.fork_rng(), device:
             torch.manual_seed(0)

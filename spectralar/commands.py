@@ -78,8 +78,9 @@ def sample(
         for c, row in zip(chosen, rows, strict=True):
             for j, image in enumerate(row):
                 to_image(image).save(folder / f"class{c:04d}-seed{seed + j}.png")
+    count = len(chosen) * columns
     console.print(
-        f"{len(chosen) * columns} pictures in {seconds:.1f} s on {loaded.generator.device}, backend {loaded.backend} "
+        f"{count} picture{'s' * (count > 1)} in {seconds:.1f} s on {loaded.generator.device}, backend {loaded.backend} "
         f"({escape(loaded.backend_reason)}): {escape(f'{out}, {steps}')}"
     )
     if weights == "fp8":

@@ -1,4 +1,5 @@
-"""What training does to the blocks of a model: compiles them, and computes them twice to save memory."""
+"""What training does to the blocks of a model: compiles them, with the ends of their stacks, and computes them twice to
+save memory."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ def prepare_blocks(model: nn.Module, *, compiled: bool, checkpointing: bool) -> 
 
     With the tokenizer's blocks go the ends of their stacks, where rows are put together and normalised.
 
-    Before the model is divided over ranks (`parallelize`), so that what puts the weights of a block together stays
-    outside of what is compiled or computed again. In evaluation mode blocks run as they are: validation and pictures
-    come in other sizes, and each would be compiled anew.
+    Before the model is divided over ranks (`parallelize`), so that what puts weights together stays outside of what is
+    compiled or computed again. In evaluation mode everything runs as it is: validation and pictures come in other
+    sizes, and each would be compiled anew.
 
     Args:
         model: changed in place.
@@ -43,8 +44,8 @@ def prepare_blocks(model: nn.Module, *, compiled: bool, checkpointing: bool) -> 
                 run = functools.partial(_recomputed, run)
             _in_training(part, "forward", run)
         elif compiled and isinstance(part, SpectralViT):
-            _in_training(part, "enter", _compiled(SpectralViT.enter))
-            _in_training(part, "leave", _compiled(SpectralViT.leave))
+            _in_training(part, "enter", _compiled(type(part).enter))
+            _in_training(part, "leave", _compiled(type(part).leave))
 
 
 def _in_training(part: nn.Module, method: str, run: Forward) -> None:

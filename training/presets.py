@@ -30,7 +30,7 @@ TOKENIZER_RUNS: dict[str, TokenizerRun] = {
         optimizer=OptimizerConfig(),
         loop=LoopConfig(out="runs/tokenizer", steps=1_000_000, compile=True, checkpoint_every=10_000),
     ),
-    # 128-px pictures, a few thousand of them, eight minutes on one GPU.
+    # 128-px pictures, a few thousand of them, seven minutes on one GPU.
     "emoji": TokenizerRun(
         model=TokenizerConfig(
             image_size=128,

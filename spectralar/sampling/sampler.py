@@ -312,7 +312,7 @@ def choose_backend(
     if asked != "auto":
         return asked, "asked for" if on_gpu else f"asked for; nothing is recorded on {device}"
     if not on_gpu and fp8:
-        return "graph", f"fp8 weights, and nothing is recorded on {device}"
+        return "graph", f"the one for fp8 weights here, though nothing is recorded on {device}"
     if not on_gpu:
         return "reference", f"graphs and kernels need a GPU, and the generator is on {device}"
     if obstacle:

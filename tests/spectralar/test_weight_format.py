@@ -169,7 +169,7 @@ def test_what_is_refused(generator: SpectralGenerator) -> None:
 def test_choice_on_a_cpu(generator: SpectralGenerator) -> None:
     sampler = Sampler(generator, weights="fp8")
     assert sampler.backend == "graph" and sampler.weights == "fp8"
-    assert sampler.backend_reason == "fp8 weights, and nothing is recorded on cpu"
+    assert sampler.backend_reason == "the one for fp8 weights here, though nothing is recorded on cpu"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0)])

@@ -78,7 +78,12 @@ def test_gradients_are_those_of_plain_blocks(
 ) -> None:
     expected = gradients(kind, model_of(kind))
     entered: list[type[nn.Module]] = []
-    for part, method in ((TokenizerBlock, "forward"), (GeneratorBlock, "forward"), (SpectralViT, "enter")):
+    for part, method in (
+        (TokenizerBlock, "forward"),
+        (GeneratorBlock, "forward"),
+        (SpectralViT, "enter"),
+        (SpectralViT, "leave"),
+    ):
         usual = getattr(part, method)
 
         def counted(self: nn.Module, *inputs: Any, usual: Any = usual) -> Tensor:
@@ -99,27 +104,37 @@ def test_gradients_are_those_of_plain_blocks(
     # Compiled code does not pass here, nor do blocks that nobody prepared; recomputed ones pass twice.
     of_blocks = [type(m) for m in model.modules() if isinstance(m, TokenizerBlock | GeneratorBlock)]
     of_ends = [type(m) for m in model.modules() if isinstance(m, SpectralViT)]
-    assert Counter(entered) == Counter([] if compiled else 2 * of_blocks + of_ends)
+    assert Counter(entered) == Counter([] if compiled else 2 * (of_blocks + of_ends))
 
 
-def test_evaluation_is_plain_and_copies_run_their_own_blocks(traced: None) -> None:
-    model = model_of("generator")
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_is_plain_and_copies_run_their_own_blocks(kind: Kind, traced: None) -> None:
+    numbers = torch.arange(1, 8)
+    images, tokens = torch.rand(7, 3, 16, 16), torch.zeros(7, 4, dtype=torch.int64)
+
+    def run(model: Any, batch: int) -> Tensor:
+        if kind == "generator":
+            logits: Tensor = model(numbers[:batch] % 2, tokens[:batch])
+            return logits
+        pictures: Tensor = model(images[:batch], numbers[:batch].clamp(max=4)).images
+        return pictures
+
+    model = model_of(kind)
     prepare_blocks(model, compiled=True, checkpointing=False)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for p in twin.parameters():
             p.mul_(1.5)
-    classes, tokens = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64)
-    fresh = model_of("generator").eval()
-    assert torch.equal(model.eval()(classes, tokens), fresh(classes, tokens))
+    fresh = model_of(kind).eval()
+    assert torch.equal(run(model.eval(), 2), run(fresh, 2))
     fresh.load_state_dict(twin.state_dict())
-    assert torch.equal(twin.eval()(classes, tokens), fresh(classes, tokens))
-    assert not torch.equal(twin(classes, tokens), model(classes, tokens))
+    assert torch.equal(run(twin.eval(), 2), run(fresh, 2))
+    assert not torch.equal(run(twin, 2), run(model, 2))
     torch._dynamo.reset()
     # In evaluation mode nothing is compiled: seven lengths of a batch would be seven graphs.
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for batch in range(1, 8):
-        model(classes[:1].expand(batch), tokens[:1].expand(batch, -1))
+        run(model, batch)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
 
