@@ -62,8 +62,8 @@ class LoopConfig:
             a GPU.
         capture: on GPUs, record the step once and replay it as one CUDA graph; where several ranks divide one copy of
             the model between them, steps stay as they are.
-        compile: run the transformer blocks and the ends of the tokenizer's stacks under torch.compile; takes a minute at
-            the first step.
+        compile: run the transformer blocks and the ends of the tokenizer's stacks under torch.compile; takes a minute
+            at the first step.
         checkpointing: keep only the inputs of transformer blocks for the backward pass, which computes them once more:
             a third more work, and a fraction of the memory.
         ranks_per_copy: of several ranks, how many hold one copy of weights, gradients, moments and average between
