@@ -241,7 +241,7 @@ def test_the_command_reports_them(model: SpectralAR, tmp_path: Path, capsys: pyt
     arguments = ["sample", "--model", saved, "--columns", "1", "--device", "cpu", "--out", str(tmp_path / "out.png")]
     assert main([*arguments, "--weights", "fp8"]) == 0
     shown = " ".join(capsys.readouterr().err.split())
-    assert "backend graph (fp8 weights," in shown
+    assert "backend graph (the one for fp8 weights" in shown
     assert "fp8 weights: off by qkv 2." in shown and "over 24 next tokens the distribution moves by KL" in shown
     assert main(arguments) == 0
     assert "fp8" not in capsys.readouterr().err
