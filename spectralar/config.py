@@ -254,7 +254,7 @@ class TokenizerConfig:
         return self.encoder.flops(self.length) + patch_embed + self.decode_flops()
 
     def decode_flops(self) -> int:
-        """Forward FLOPs of the decoder for all tokens of one image: blocks and pixel head, but margins and `smooth`."""
+        """Forward FLOPs of the decoder for all tokens of one image: blocks and head, neither margins nor `smooth`."""
         width = self.decoder.width
         if self.pixel_head == "direct":
             head = 2 * self.patches * 3 * self.patch_size**2 * width
